@@ -1,0 +1,528 @@
+"""Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020, arXiv 2006.11239): the paper's maths, in its order.
+
+    beta_t, alpha_t = 1 - beta_t, alpha_bar_t = alpha_1 ... alpha_t      how fast an image turns into noise, t = 1 .. T
+    q(x_t | x_{t-1}), q(x_t | x_0), q(x_{t-1} | x_t, x_0)                the forward process: fixed, nothing to learn
+    p_theta(x_{t-1} | x_t)                                               the reverse process, learned through eps_theta
+
+Conventions. "Eq. 4" is the paper's; other papers are named. t runs 1 .. T as in the paper; index 0 of every schedule
+means clean data (beta_0 = 0, alpha_bar_0 = 1), so alpha_bar_{t-1} needs no special case. Images are float32 in [-1, 1].
+A model is any callable (x_t, t) -> prediction, with x_t (B, C, H, W) and t (B,) int64; labels are bound before it comes
+here (a lambda, or one of the guidance wrappers at the end). Schedules are worked out in float64 on the CPU and only then
+rounded to float32: 1 - 0.9999 taken in float32 is already off by 1.7e-4.
+"""
+import math
+import warnings
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PREDICTIONS = ("eps", "x0", "mean", "v")
+VARIANCES = ("beta", "posterior", "learned_range", "learned")
+LOSSES = ("mse", "l1", "huber", "vlb", "hybrid")
+
+
+def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
+    """beta_1 .. beta_T on a straight line, float64 (T,); the defaults are Section 4's. ValueError if an end is not in (0, 1)."""
+    for beta in (beta_start, beta_end):
+        if not 0 < beta < 1:
+            raise ValueError(f"beta must lie strictly between 0 and 1, not {beta}: a step with beta = 0 adds no noise, "
+                             "so it has no reverse; beta = 1 leaves nothing of x_0, and Eq. 15 would divide by zero")
+    return torch.linspace(beta_start, beta_end, check_timesteps(timesteps), dtype=torch.float64)
+
+
+def noisy_end_advice(alpha_bar_T, timesteps):
+    """What to tell a person whose x_T is not noise."""
+    scale = 1000 / timesteps
+    cure = (f"a linear schedule of {timesteps} steps ends in noise with beta_start={1e-4 * scale:.3g} "
+            f"and beta_end={0.02 * scale:.3g} (the paper's, times 1000/T)" if 0.02 * scale < 1 else "use the cosine schedule")
+    return (f"alpha_bar_T = {alpha_bar_T:.3g}: x_T keeps {math.sqrt(alpha_bar_T):.0%} of the image's amplitude, but sampling "
+            f"starts from pure noise, which the network never saw; samples suffer. Cure: {cure}")
+
+
+class GaussianDiffusion(nn.Module):
+    """The forward process q, the reverse process p_theta, and the two algorithms.
+
+    betas       beta_1 .. beta_T, (T,), each in (0, 1)
+    prediction  what the model's output is: "eps" (the paper), "x0", the "mean" of q(x_{t-1} | x_t, x_0), or "v"
+    variance    sigma_t^2: "beta" or "posterior" (Section 3.2), or learned, from as many output channels again:
+                "learned_range" (iDDPM Eq. 15) or "learned" (the channels are log sigma_t^2)
+    loss        "mse" (L_simple), "l1", "huber", "vlb" (the bound itself), "hybrid" (iDDPM Eq. 16)
+
+    It holds tables (T+1,) in float32 that move with .to(device), and no parameters. ValueError says what is allowed.
+    """
+
+    def __init__(self, betas, prediction="eps", variance="beta", loss="mse"):
+        super().__init__()
+        betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
+        if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError("betas must be one row of numbers strictly between 0 and 1")
+        self.prediction = check_choice("prediction", prediction, PREDICTIONS)
+        self.variance = check_choice("variance", variance, VARIANCES)
+        self.loss = check_choice("loss", loss, LOSSES)
+        if loss == "hybrid" and not self.learns_variance:
+            raise ValueError("loss 'hybrid' adds L_vlb for the variance alone (its mean is held fixed): with variance "
+                             f"{variance!r} that term has no gradient. Use 'learned_range' or 'learned', or loss 'mse'")
+        self.timesteps = len(betas)
+
+        beta = F.pad(betas, (1, 0))                                              # beta_0 = 0: clean data
+        alpha = 1 - beta
+        alpha_bar = alpha.cumprod(0)                                             # alpha_bar_0 = 1
+        if alpha_bar[-1] < 1e-36:
+            raise ValueError(f"alpha_bar_T = {alpha_bar[-1]:.0e} is too small for float32: use fewer steps or smaller betas")
+        if alpha_bar[-1] > 0.01:
+            warnings.warn(noisy_end_advice(float(alpha_bar[-1]), self.timesteps), stacklevel=2)
+        before = F.pad(alpha_bar, (1, 0), value=1)[:-1]                          # alpha_bar_{t-1}
+        rest = (1 - alpha_bar).clamp(min=betas[0])                               # 1 - alpha_bar_t; never 0 in a denominator
+        posterior_variance = (1 - before) / rest * beta                          # Eq. 7: 0 at t = 1
+        # A logarithm cannot take the 0 at t = 1; beta-tilde_2 stands in for it, there and in "beta", as in Ho's code.
+        # Samples do not see it (no noise is added at t = 1); the decoder L_0 does.
+        stand_in = posterior_variance[2] if self.timesteps > 1 else beta[1]
+        positive_posterior = torch.cat([stand_in.expand(2), posterior_variance[2:]])
+        fixed_variance = torch.cat([stand_in.expand(2), beta[2:]]) if variance == "beta" else positive_posterior
+
+        self.exact_alpha_bar = alpha_bar                                         # float64, and stays on the CPU
+        for name, table in dict(
+            beta=beta, alpha=alpha, alpha_bar=alpha_bar, posterior_variance=posterior_variance,
+            sqrt_beta=beta.sqrt(), sqrt_alpha=alpha.sqrt(),
+            sqrt_alpha_bar=alpha_bar.sqrt(), sqrt_one_minus_alpha_bar=(1 - alpha_bar).sqrt(),
+            eps_weight=beta / rest.sqrt(),                                       # of eps in Eq. 11
+            x_0_weight=before.sqrt() * beta / rest, x_t_weight=alpha.sqrt() * (1 - before) / rest,    # in Eq. 7
+            log_beta=torch.cat([beta[1:2], beta[1:]]).log(), log_posterior_variance=positive_posterior.log(),
+            fixed_variance=fixed_variance, log_fixed_variance=fixed_variance.log(),
+        ).items():
+            self.register_buffer(name, table.float(), persistent=False)
+
+    @property
+    def learns_variance(self):
+        return self.variance.startswith("learned")
+
+    def times(self, t, x):
+        """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T, where that is cheap to see."""
+        t = torch.as_tensor(t)
+        if t.device.type == "cpu" and t.numel() and (t.is_floating_point() or t.min() < 1 or t.max() > self.timesteps):
+            raise ValueError(f"t must be whole numbers in 1..{self.timesteps} (1..T, as in the paper), not {t.tolist()}")
+        return t.to(x.device).expand(len(x))
+
+    # ------------------------------------------------------------------------------------ Section 2: the forward process
+
+    def q_step(self, x_prev, t, noise=None):
+        """x_t ~ q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), one step of the chain (Eq. 2)."""
+        t, noise = self.times(t, x_prev), torch.randn_like(x_prev) if noise is None else noise
+        return at(self.sqrt_alpha, t) * x_prev + at(self.sqrt_beta, t) * noise
+
+    def q_sample(self, x_0, t, noise=None):
+        """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), in one go (Eq. 4)."""
+        t, noise = self.times(t, x_0), torch.randn_like(x_0) if noise is None else noise
+        return at(self.sqrt_alpha_bar, t) * x_0 + at(self.sqrt_one_minus_alpha_bar, t) * noise
+
+    def q_posterior(self, x_0, x_t, t):
+        """q(x_{t-1} | x_t, x_0) = N(mu-tilde_t, beta-tilde_t I) -> mean (B, C, H, W), variance (B, 1, 1, 1) (Eqs. 6-7)."""
+        t = self.times(t, x_t)
+        return at(self.x_0_weight, t) * x_0 + at(self.x_t_weight, t) * x_t, at(self.posterior_variance, t)
+
+    # ----------------------------------------------------------------------------------------------- Algorithm 1: training
+
+    def training_loss(self, model, x_0, t=None, noise=None):
+        """The number whose gradient Algorithm 1 steps along: the mean of training_losses over the batch x_0."""
+        return self.training_losses(model, x_0, t, noise).mean()
+
+    def training_losses(self, model, x_0, t=None, noise=None):
+        """Algorithm 1, lines 3 to 5, for images x_0 (B, C, H, W) -> (B,). A t or noise that is given is not drawn."""
+        t = self.uniform_t(x_0, t)                          # 3: t ~ Uniform({1, ..., T})
+        eps = self.normal_eps(x_0, noise)                   # 4: eps ~ N(0, I)
+        x_t = self.q_sample(x_0, t, eps)                    #    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
+        eps_theta = model(x_t, t)
+        return self.distance(eps_theta, x_0, x_t, t, eps)   # 5: || eps - eps_theta(x_t, t) ||^2
+
+    def uniform_t(self, x_0, t=None):
+        """t ~ Uniform({1, ..., T}), T included: (B,) int64, unless t is given."""
+        return torch.randint(1, self.timesteps + 1, (len(x_0),), device=x_0.device) if t is None else self.times(t, x_0)
+
+    def normal_eps(self, x_0, noise=None):
+        return torch.randn_like(x_0) if noise is None else noise
+
+    def distance(self, output, x_0, x_t, t, eps):
+        """How far the model's output (B, ...) is from what it should be -> (B,): the paper's L_simple, or what `loss` says.
+
+        L_simple (Eq. 14) is a mean over the pixels here, not a sum, so that it reads the same at every image size.
+        """
+        if self.loss in ("vlb", "hybrid"):
+            return {"vlb": self.l_vlb, "hybrid": self.l_hybrid}[self.loss](output, x_0, x_t, t, eps)
+        pixelwise = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[self.loss]
+        prediction = self.split(output, x_t)[0]
+        return pixelwise(prediction, self.target(x_0, x_t, t, eps), reduction="none").flatten(1).mean(1)
+
+    def target(self, x_0, x_t, t, eps):
+        """What the model is asked for, (B, C, H, W): the paper's eps (Eq. 14), or what `prediction` says.
+
+        The paper tries the mean too (Table 2); x0 and v ask for the same information at other weights of t
+        (v: Salimans & Ho 2022). x_0, x_t and eps are tied by Eq. 4, so whatever is predicted gives the others.
+        """
+        if self.prediction == "eps":
+            return eps
+        if self.prediction == "x0":
+            return x_0
+        if self.prediction == "mean":
+            return self.q_posterior(x_0, x_t, t)[0]
+        return at(self.sqrt_alpha_bar, t) * eps - at(self.sqrt_one_minus_alpha_bar, t) * x_0
+
+    # --------------------------------------------------------------------------------- Section 3.2: the reverse process
+
+    def split(self, output, x_t):
+        """A model's output as (prediction, variance channels), each (B, C, H, W); the latter None if sigma_t is fixed."""
+        expected = (2 if self.learns_variance else 1) * x_t.shape[1]
+        if output.shape[1] != expected or output.shape[2:] != x_t.shape[2:]:
+            raise ValueError(f"variance {self.variance!r} needs a model output of {expected} channels of "
+                             f"{tuple(x_t.shape[2:])}, not {tuple(output.shape[1:])}")
+        return output.chunk(2, dim=1) if self.learns_variance else (output, None)
+
+    def predict(self, model, x_t, t, clip=True):
+        """One call of the model at x_t (B, C, H, W) -> (eps, x_0), its prediction seen as noise and as image.
+
+        clip=True holds x_0 in [-1, 1], where images live, and derives eps again from it. Algorithm 2 as printed does not
+        clip; the authors' code does, and samples are better for it: an error of eps_theta counts 1 / sqrt(alpha_bar_t)
+        times in x_0, 150 times at t = T. Whoever uses x_0 and eps together (Eq. 11, DDIM) must use this pair.
+        """
+        t = self.times(t, x_t)
+        output, _ = self.split(model(x_t, t), x_t)
+        signal, noise = at(self.sqrt_alpha_bar, t), at(self.sqrt_one_minus_alpha_bar, t)
+        if self.prediction == "eps":
+            eps, x_0 = output, (x_t - noise * output) / signal                                        # Eq. 15
+        elif self.prediction == "v":
+            eps, x_0 = noise * x_t + signal * output, signal * x_t - noise * output
+        else:
+            x_0 = output if self.prediction == "x0" else (output - at(self.x_t_weight, t) * x_t) / at(self.x_0_weight, t)
+            eps = (x_t - signal * x_0) / noise
+        if clip:
+            x_0 = x_0.clamp(-1, 1)
+            eps = (x_t - signal * x_0) / noise
+        return eps, x_0
+
+    def p_mean_variance(self, model, x_t, t, clip=True):
+        """p_theta(x_{t-1} | x_t) -> mean (B, C, H, W), variance (B, 1 or C, 1 or H, 1 or W), x_0; one call of the model.
+
+        The mean is Eq. 11. With the pair (eps, x_0) of `predict` this is also Eq. 7 at that x_0, clipped or not.
+        """
+        mean, log_variance, x_0 = self.p_mean_log_variance(model, x_t, t, clip)
+        variance = log_variance.exp() if self.learns_variance else at(self.fixed_variance, self.times(t, x_t))
+        return mean, variance, x_0
+
+    def p_mean_log_variance(self, model, x_t, t, clip=True):
+        t = self.times(t, x_t)
+        output = model(x_t, t)
+        eps, x_0 = self.predict(lambda x_t, t: output, x_t, t, clip)
+        mean = (x_t - at(self.eps_weight, t) * eps) / at(self.sqrt_alpha, t)                          # Eq. 11
+        return mean, self.log_variance(self.split(output, x_t)[1], t), x_0
+
+    def log_variance(self, channels, t):
+        """log sigma_t^2: a table (Section 3.2), or from the model's variance channels."""
+        if self.variance == "learned":
+            return channels
+        if self.variance == "learned_range":                     # -1 .. 1 runs from beta-tilde_t to beta_t (iDDPM Eq. 15)
+            v = (channels + 1) / 2
+            return v * at(self.log_beta, t) + (1 - v) * at(self.log_posterior_variance, t)
+        return at(self.log_fixed_variance, t)
+
+    # ----------------------------------------------------------------------------------------------- Algorithm 2: sampling
+
+    @torch.no_grad()
+    def sample(self, model, shape, x_T=None, clip=True, generator=None, on_step=None):
+        """Algorithm 2: images x_0 of `shape` (B, C, H, W), about [-1, 1], from noise, in T calls of the model.
+
+        on_step(t, x_t, x_0) is called first with (T, x_T, None), then after each step with the t it reached and the x_0
+        predicted in it. x_T (B, C, H, W), if given, is where the chain starts.
+        """
+        x_t, on_step = self.begin(shape, x_T, generator, on_step)               # 1: x_T ~ N(0, I)
+        for t in range(self.timesteps, 0, -1):                                  # 2: for t = T, ..., 1 do
+            x_t, x_0 = self.p_sample(model, x_t, t, clip, generator)            # 3-4: x_{t-1} from x_t
+            on_step(t - 1, x_t, x_0)
+        return x_t                                                              # 6: return x_0
+
+    @torch.no_grad()
+    def p_sample(self, model, x_t, t, clip=True, generator=None, noise=None):
+        """Algorithm 2, lines 3 and 4 -> (x_{t-1}, the x_0 predicted on the way). `noise`, if given, is used as z."""
+        t = self.times(t, x_t)
+        z = randn(x_t.shape, x_t.device, generator) if noise is None else noise
+        z = z * (t > 1)[:, None, None, None]                                    # 3: z ~ N(0, I) if t > 1, else z = 0
+        mean, variance, x_0 = self.p_mean_variance(model, x_t, t, clip)
+        return mean + variance.sqrt() * z, x_0                                  # 4: Eq. 11 + sigma_t z
+
+    def begin(self, shape, x_T, generator, on_step):
+        """What samplers start from: x_T, drawn unless given, and on_step, a no-op unless given, told of x_T."""
+        on_step = on_step or (lambda t, x_t, x_0: None)
+        x_T = randn(shape, self.beta.device, generator) if x_T is None else x_T.to(self.beta.device)
+        on_step(self.timesteps, x_T, None)
+        return x_T, on_step
+
+    @torch.no_grad()
+    def interpolate(self, model, x_0, x_0_prime, weights, t, clip=True, generator=None):
+        """Section 4.4, Figure 8: two images (C, H, W) mixed at time t and decoded from there -> (len(weights), C, H, W).
+
+        Weight 0 is x_0, 1 is x_0_prime. x_t ~ q(x_t | x_0) and x_t' are drawn once each, and every step's z serves all.
+        """
+        x_t, x_t_prime = (self.q_sample(x[None], t, randn(x[None].shape, x.device, generator)) for x in (x_0, x_0_prime))
+        weights = torch.as_tensor(weights, dtype=torch.float32, device=x_0.device)[:, None, None, None]
+        x = (1 - weights) * x_t + weights * x_t_prime
+        for s in range(t, 0, -1):
+            x, _ = self.p_sample(model, x, s, clip, noise=randn(x_t.shape, x.device, generator))
+        return x
+
+    # ------------------------------------------------------------------- Eq. 5: the variational bound, in bits per dimension
+
+    @torch.no_grad()
+    def bits_per_dim(self, model, x_0, clip=True, generator=None):
+        """The bound on -log2 p_theta(x_0) per dimension, for images x_0 (B, C, H, W) in [-1, 1] from 256 levels (Eq. 5).
+
+        Returns a dict of float32: total (B,); prior (B,) = L_T; terms (B, T), column t-1 being L_{t-1} (L_0 first), each
+        estimated with one draw of x_t. Section 4.3 calls the first column distortion and the rest rate.
+        """
+        draws = (randn(x_0.shape, x_0.device, generator) for _ in range(self.timesteps))
+        terms = [self.vlb_terms(model, x_0, self.q_sample(x_0, t, noise), t, clip) for t, noise in enumerate(draws, start=1)]
+        terms = torch.stack(terms, dim=1)
+        prior = self.prior_bits(x_0)
+        return dict(total=prior + terms.sum(1), prior=prior, terms=terms)
+
+    def prior_bits(self, x_0):
+        """L_T of Eq. 5, in bits per dimension (B,): KL(q(x_T | x_0) || N(0, I)); no model in it."""
+        alpha_bar = float(self.exact_alpha_bar[-1])
+        nats = (alpha_bar * x_0**2 - alpha_bar - math.log1p(-alpha_bar)) / 2
+        return nats.flatten(1).mean(1) / math.log(2)
+
+    def vlb_terms(self, model, x_0, x_t, t, clip=True):
+        """L_{t-1} of Eq. 5 in bits per dimension (B,): KL(q(x_{t-1}|x_t,x_0) || p_theta(x_{t-1}|x_t)); at t = 1 it is L_0."""
+        t = self.times(t, x_t)
+        mean, log_variance, _ = self.p_mean_log_variance(model, x_t, t, clip)
+        log_ratio = at(self.log_posterior_variance, t) - log_variance
+        distance = (self.q_posterior(x_0, x_t, t)[0] - mean) ** 2 * torch.exp(-log_variance)
+        nats = (torch.expm1(log_ratio) - log_ratio + distance) / 2
+        first = t == 1
+        if first.any():
+            log_variance = log_variance.expand_as(mean)
+            decoded = -self.decoder_log_likelihood(x_0[first], mean[first], log_variance[first])
+            nats = nats.masked_scatter(first[:, None, None, None], decoded)
+        return nats.flatten(1).mean(1) / math.log(2)
+
+    @staticmethod
+    def decoder_log_likelihood(x_0, mean, log_variance):
+        """log p_theta(x_0 | x_1) of Eq. 13, in nats per value, for x_0 in [-1, 1] from 256 levels; all of one shape.
+
+        The Gaussian's integral over the bin of x_0's level, 2/255 wide; the outermost bins reach to infinity. log(Phi(b) -
+        Phi(a)) is taken on the side where both are small, so the tails are exact and need no floor. In float64 on the CPU.
+        """
+        x, mean, sigma = x_0.cpu().double(), mean.cpu().double(), (log_variance.cpu().double() / 2).exp()
+        lower, upper = (x - 1 / 255 - mean) / sigma, (x + 1 / 255 - mean) / sigma
+        mirrored = lower + upper > 0
+        a, b = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
+        log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
+        inside = log_b + torch.log(-torch.expm1((log_a - log_b).clamp(max=-1e-15)))
+        lowest, highest = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
+        return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside)).to(x_0)
+
+    # ------------------------------------------------------- Nichol & Dhariwal 2021, "Improved DDPM": losses with a variance
+
+    def l_vlb(self, output, x_0, x_t, t, eps):
+        """T L_{t-1} in bits per dimension (B,), so that its mean over t is the bound without L_T."""
+        return self.timesteps * self.vlb_terms(lambda x_t, t: output, x_0, x_t, t, clip=False)
+
+    def l_hybrid(self, output, x_0, x_t, t, eps):
+        """L_simple + 0.001 L_vlb (iDDPM Eq. 16), (B,); L_vlb teaches the variance alone, its mean being held fixed."""
+        prediction, channels = self.split(output, x_t)
+        l_simple = F.mse_loss(prediction, self.target(x_0, x_t, t, eps), reduction="none").flatten(1).mean(1)
+        held = torch.cat([prediction.detach(), channels], dim=1)
+        return l_simple + 0.001 * self.l_vlb(held, x_0, x_t, t, eps)
+
+    # ------------------------------------------ Song, Meng, Ermon 2020, "Denoising Diffusion Implicit Models": fewer steps
+
+    def walk(self, steps):
+        """`steps` + 1 times from T down to 0: round(linspace(0, T, steps + 1)), reversed. ValueError unless 1 <= steps <= T."""
+        if not 1 <= steps <= self.timesteps:
+            raise ValueError(f"steps must lie in 1..{self.timesteps} (T), not {steps}")
+        return np.linspace(0, self.timesteps, steps + 1).round().astype(int).tolist()[::-1]
+
+    @torch.no_grad()
+    def ddim_sample(self, model, shape, steps=50, eta=0.0, x_T=None, clip=True, generator=None, on_step=None):
+        """Images (B, C, H, W) in `steps` calls of the model (DDIM Eq. 12, with Eq. 16's sigma); arguments as in `sample`.
+
+        eta = 0 is deterministic, eta = 1 adds the posterior's noise (with steps = T: Algorithm 2 with "posterior").
+        sigma = eta sqrt(...), so the variance goes with eta^2; some tutorials scale the variance by eta itself.
+        """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in 0..1 (0: deterministic DDIM, 1: DDPM's noise), not {eta}")
+        x_t, on_step = self.begin(shape, x_T, generator, on_step)
+        times = self.walk(steps)
+        for t, s in zip(times[:-1], times[1:]):                                 # a stride t -> s: both ends are needed
+            alpha_bar_t, alpha_bar_s = self.exact_alpha_bar[[t, s]].tolist()
+            sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
+            eps, x_0 = self.predict(model, x_t, t, clip)
+            z = randn(x_t.shape, x_t.device, generator) if sigma > 0 else 0.0
+            x_t = math.sqrt(alpha_bar_s) * x_0 + math.sqrt(1 - alpha_bar_s - sigma**2) * eps + sigma * z
+            on_step(s, x_t, x_0)
+        return x_t
+
+    @torch.no_grad()
+    def ddim_invert(self, model, x_0, steps=50):
+        """The x_T (B, C, H, W) from which ddim_sample (eta = 0, clip=False) draws x_0: its ODE, run backwards (DDIM Eq. 14).
+
+        The eps of a step s -> t is taken at t: at s = 0 the model knows nothing. The round trip is exact as steps grow.
+        """
+        x_s, times = x_0, self.walk(steps)[::-1]
+        for s, t in zip(times[:-1], times[1:]):
+            alpha_bar_s, alpha_bar_t = self.exact_alpha_bar[[s, t]].tolist()
+            eps, _ = self.predict(model, x_s, t, clip=False)
+            x_0 = (x_s - math.sqrt(1 - alpha_bar_s) * eps) / math.sqrt(alpha_bar_s)
+            x_s = math.sqrt(alpha_bar_t) * x_0 + math.sqrt(1 - alpha_bar_t) * eps
+        return x_s
+
+
+# Nichol & Dhariwal 2021, "Improved DDPM" (2102.09672): another schedule, fewer steps, t drawn by its loss -----------------
+
+
+def cosine_beta_schedule(timesteps=1000, s=0.008, beta_min=0.0, beta_max=0.999):
+    """beta_t from alpha_bar(t) = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), clipped; float64 (T,) (iDDPM Eq. 17)."""
+    u = torch.arange(check_timesteps(timesteps) + 1, dtype=torch.float64) / timesteps
+    f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(beta_min, beta_max)
+
+
+def respace(diffusion, model, steps):
+    """A chain of `steps` steps and a model for it: Algorithm 2, the bound and all else on a subsequence of the T times.
+
+    The new chain has the old alpha_bar at those times, hence betas of 1 - alpha_bar_t / alpha_bar_s for a stride s -> t,
+    never beta_t; the network still sees the old t. eps, x0, v and "learned_range" mean the same in both chains. The "mean"
+    and the "learned" variance belong to the old, shorter step: the mean is said again through x_0, and the variance keeps
+    its ratio to beta-tilde.
+    """
+    times = torch.tensor(diffusion.walk(steps)[::-1])
+    if steps == diffusion.timesteps:
+        return diffusion, model
+    alpha_bar = diffusion.exact_alpha_bar[times]
+    betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - 1e-15)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # about alpha_bar_T: said when `diffusion` was made
+        short = GaussianDiffusion(betas, diffusion.prediction, diffusion.variance, diffusion.loss).to(diffusion.beta.device)
+    times = times.to(diffusion.beta.device)
+
+    def strided_model(x_t, k):
+        t = times[k]
+        output = model(x_t, t)
+        prediction, channels = diffusion.split(output, x_t)
+        if diffusion.prediction == "mean":
+            eps, x_0 = diffusion.predict(lambda x_t, t: output, x_t, t, clip=False)
+            prediction = short.target(x_0, x_t, k, eps)
+        if diffusion.variance == "learned":
+            channels = channels - at(diffusion.log_posterior_variance, t) + at(short.log_posterior_variance, k)
+        return prediction if channels is None else torch.cat([prediction, channels], dim=1)
+
+    return short, strided_model
+
+
+class ImportanceSampler(nn.Module):
+    """Draws t with probability proportional to sqrt(E[L_t^2]), which makes L_vlb less noisy (iDDPM Eq. 18).
+
+    E is over the last `history` losses seen at t; until every t has that many, t is uniform. Every probability keeps a
+    thousandth of the uniform one, so that no t is forgotten. Its memory is a buffer, so state_dict() resumes it.
+    """
+
+    def __init__(self, timesteps, history=10):
+        super().__init__()
+        self.register_buffer("losses", torch.zeros(timesteps, history))
+        self.register_buffer("seen", torch.zeros(timesteps, dtype=torch.int64))
+
+    def probabilities(self):
+        """p_t for t = 1 .. T, (T,), summing to 1."""
+        T, history = self.losses.shape
+        if bool((self.seen < history).any()):
+            return torch.full_like(self.losses[:, 0], 1 / T)
+        p = self.losses.square().mean(1).sqrt()
+        return 0.999 * p / p.sum().clamp(min=1e-30) + 0.001 / T
+
+    def draw(self, n, generator=None):
+        """t (n,) in 1..T, and weights (n,) = 1 / (T p_t): the mean of weights * losses is unbiased for uniform t."""
+        p = self.probabilities()
+        t = torch.multinomial(p, n, replacement=True, generator=generator)
+        return t + 1, 1 / (len(p) * p[t])
+
+    def update(self, t, losses):
+        """Remember losses (n,) seen at t (n,), the newest in place of the oldest."""
+        for k, loss in zip((t - 1).tolist(), losses.detach()):
+            self.losses[k, self.seen[k] % self.losses.shape[1]] = loss
+            self.seen[k] += 1
+
+
+# Guidance: models around models -----------------------------------------------------------------------------------------
+
+
+def classifier_free_guidance(network, y, scale, null):
+    """network(x_t, t, y) -> a model: eps(null) + scale (eps(y) - eps(null)) in one call on a doubled batch.
+
+    y (B,) int64 are the labels, null the one that means "no label". scale 0 is unconditional, 1 conditional, more is more
+    so: scale = 1 + w for the w of Ho & Salimans 2022 (Eq. 6). Variance channels, if any, are the conditional ones.
+    """
+    def model(x_t, t):
+        labels = torch.cat([y, torch.full_like(y, null)])
+        conditional, unconditional = network(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
+        C = x_t.shape[1]
+        guided = unconditional[:, :C] + scale * (conditional[:, :C] - unconditional[:, :C])
+        return torch.cat([guided, conditional[:, C:]], dim=1)
+
+    return model
+
+
+def classifier_guidance(diffusion, model, log_prob, scale):
+    """A model whose eps is shifted by - scale sqrt(1 - alpha_bar_t) grad log p(y | x_t) (Dhariwal & Nichol 2021, Alg. 2).
+
+    log_prob(x_t, t) -> (B,) is a classifier of noisy images, log p of the label wanted. For every prediction and sampler.
+    """
+    def gradient(x_t, t):
+        with torch.inference_mode(False), torch.enable_grad():       # a sampler runs without gradients: here is one
+            x_t = x_t.clone().requires_grad_()
+            return torch.autograd.grad(log_prob(x_t, t.clone()).sum(), x_t)[0]
+
+    def guided_model(x_t, t):
+        output = model(x_t, t)
+        eps, _ = diffusion.predict(lambda x_t, t: output, x_t, t, clip=False)
+        noise = at(diffusion.sqrt_one_minus_alpha_bar, t)
+        eps = eps - scale * noise * gradient(x_t, t)
+        x_0 = (x_t - noise * eps) / at(diffusion.sqrt_alpha_bar, t)                                   # Eq. 15
+        return torch.cat([diffusion.target(x_0, x_t, t, eps), output[:, x_t.shape[1]:]], dim=1)
+
+    return guided_model
+
+
+def slerp(a, b, weights):
+    """From noise a to noise b (C, H, W) along the arc between them -> (len(weights), C, H, W) (DDIM Appendix D.5).
+
+    The straight line would pass through points of smaller norm than noise has.
+    """
+    weights = torch.as_tensor(weights, dtype=torch.float32, device=a.device)[:, None, None, None]
+    angle = torch.acos((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))
+    if angle < 1e-4:
+        return (1 - weights) * a + weights * b
+    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+
+
+# Small tools ------------------------------------------------------------------------------------------------------------
+
+
+def check_timesteps(timesteps):
+    if timesteps != int(timesteps) or timesteps < 1:
+        raise ValueError(f"timesteps (T) must be a whole number of at least 1, not {timesteps}")
+    return int(timesteps)
+
+
+def check_choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+    return value
+
+
+def at(coefficients, t):
+    """The entries for t (B,) of a table (T+1,), as (B, 1, 1, 1): ready to multiply images."""
+    return coefficients[t][:, None, None, None]
+
+
+def randn(shape, device, generator=None):
+    """Standard normal noise; from `generator` if there is one, which may live on the CPU though `device` is another."""
+    return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)

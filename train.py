@@ -1,0 +1,647 @@
+"""Algorithm 1 on real data.
+
+    python train.py                                     Fashion-MNIST on whatever this machine has: minutes on a laptop
+    python train.py --resume                            go on after Ctrl-C, a reboot, or with a larger --steps
+    torchrun --nproc-per-node=8 train.py ...            the same on eight GPUs; --batch-size is that of all together
+
+It writes ddpm.pt, which sample.py draws from and `train.py --evaluate ddpm.pt` measures on the test set.
+"""
+import argparse
+import contextlib
+import io
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+import warnings
+import zipfile
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+from ddpm import (LOSSES, PREDICTIONS, VARIANCES, GaussianDiffusion, ImportanceSampler, at, cosine_beta_schedule,
+                  linear_beta_schedule)
+from unet import NoisyClassifier, UNet
+
+FORMAT = "ddpm checkpoint 1"
+
+# ---------------------------------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def section(self, title):
+        """-> a function that adds a flag to a new group of the help: (flag, default, help, ...)."""
+        group = self.add_argument_group(title)
+
+        def flag(name, default, help, **kind):
+            shown = "" if default in (None, False) else f" (default: {default})"
+            group.add_argument(name, default=default, help=help.replace("%", "%%") + shown, **kind)
+
+        return flag
+
+
+def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
+    """A flag's type: a number of `kind` within low..high, or strictly above or below a bound."""
+    limits = [f"at least {low}" if low > -math.inf else "", f"at most {high}" if high < math.inf else "",
+              f"above {above}" if above is not None else "", f"below {below}" if below is not None else ""]
+    wanted = f"a {'whole ' if kind is int else ''}number {' and '.join(filter(None, limits))}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value) and (above is None or value > above)
+                and (below is None or value < below)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+def numbers(text):
+    """A flag's type: whole numbers with commas between them; none at all if empty."""
+    return tuple(number(int, 1)(part) for part in text.split(",") if text)
+
+
+COUNT, SEED = number(int, 1), number(int, 0, 2**63 - 1)
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    flag = parser.section("data")
+    flag("--dataset", "fashion-mnist", "fashion-mnist, mnist, cifar10, or a FILE.npy of uint8 images")
+    flag("--data-dir", "data", "folder where data sets are looked for first, and downloaded to")
+    flag("--only", None, "train on the images of one class, by name or index", metavar="LABEL")
+    flag("--flip", None, "mirror half of the images (the paper: CIFAR-10 yes; default here: cifar10 and .npy yes, others no: "
+         "most shoes face one way)", action=argparse.BooleanOptionalAction)
+
+    flag = parser.section("diffusion")
+    flag("--timesteps", 1000, "T", type=COUNT)
+    flag("--schedule", "linear", "of beta_t", choices=("linear", "cosine"))
+    flag("--beta-start", 1e-4, "beta_1 of the linear schedule", type=float)
+    flag("--beta-end", 0.02, "beta_T of the linear schedule", type=float)
+    flag("--beta-min", 0.0, "clip the cosine schedule's betas from below", type=number(float, 0, below=1))
+    flag("--beta-max", 0.999, "and from above", type=number(float, above=0, below=1))
+    flag("--prediction", "eps", "what the network predicts", choices=PREDICTIONS)
+    flag("--variance", "beta", "sigma_t^2 of the reverse process; learned_range is iDDPM's", choices=VARIANCES)
+    flag("--loss", "mse", "mse is the paper's L_simple; vlb draws t by its loss (iDDPM Eq. 18)", choices=LOSSES)
+
+    flag = parser.section("network")
+    flag("--channels", 32, "of the widest feature map (the paper: 128)", type=COUNT)
+    flag("--multipliers", "1,2", "channels of each resolution, times --channels (the paper: 1,2,2,2)", type=numbers)
+    flag("--blocks", 1, "residual blocks per resolution (the paper: 2)", type=COUNT)
+    flag("--attention", "", "sizes of the feature maps that get attention, e.g. 7,14 (the paper: 16)", type=numbers)
+    flag("--heads", 1, "of the attention", type=COUNT)
+    flag("--dropout", 0.0, "in the residual blocks (the paper: 0.1 on CIFAR-10)", type=number(float, 0, below=1))
+    flag("--patch", 2, "pixels gathered into one along each side (the paper: 1)", type=COUNT)
+    flag("--block", "resnet", "kind of residual block", choices=("resnet", "convnext"))
+    flag("--embedding", "add", "how a block is told t", choices=("add", "scale-shift"))
+    flag("--conditional", False, "learn the labels too, for --label and --guidance of sample.py", action="store_true")
+    flag("--label-dropout", 0.1, "share of labels hidden in training, for guidance", type=number(float, 0, 1))
+    flag("--classifier", False, "train a classifier of noisy images instead, for sample.py's --classifier and --score",
+         action="store_true")
+
+    flag = parser.section("optimisation")
+    flag("--steps", 4500, "optimiser steps (the paper: 800000)", type=COUNT)
+    flag("--batch-size", 64, "images per step, of all processes together (the paper: 128)", type=COUNT)
+    flag("--accumulate", 1, "compute each batch in this many parts, to save memory", type=COUNT)
+    flag("--lr", 2e-3, "Adam's rate after the warm-up; it then falls to 0 (the paper: 2e-4, constant)",
+         type=number(float, above=0))
+    flag("--warmup", 100, "steps over which the rate rises", type=number(int, 0))
+    flag("--weight-decay", 0.0, "as in AdamW", type=number(float, 0))
+    flag("--ema", 0.999, "decay of the averaged weights, which samples are drawn with (the paper: 0.9999)",
+         type=number(float, 0, below=1))
+    flag("--precision", "auto", "auto: bf16 on CUDA if it has it, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    flag("--compile", False, "torch.compile the network: a minute's wait, then faster on CUDA", action="store_true")
+    flag("--checkpointing", False, "compute blocks twice rather than remember them: less memory, more time", action="store_true")
+    flag("--seed", 0, "of everything random", type=SEED)
+    flag("--device", None, "cpu, cuda, cuda:1, mps; default: the best there is")
+
+    flag = parser.section("output")
+    flag("--out", None, "checkpoint to write (default: ddpm.pt; classifier.pt with --classifier)", metavar="FILE.pt")
+    flag("--save-every", 1000, "steps between checkpoints; there is always one at the end", type=COUNT)
+    flag("--resume", False, "go on from --out, exactly as if it had never stopped", action="store_true")
+    flag("--evaluate", None, "measure a checkpoint on the test set instead: L_simple and bits/dim", metavar="FILE.pt")
+    flag("--exact", 0, "with --evaluate: all T terms of this many images, instead of random terms of all", type=number(int, 0),
+         metavar="IMAGES")
+
+    args = parser.parse_args(argv)
+    args.out = args.out or ("classifier.pt" if args.classifier else "ddpm.pt")
+    if args.flip is None:
+        args.flip = data.DATASETS[args.dataset].flip if args.dataset in data.DATASETS else True
+    parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % parts:
+        parser.error(f"--batch-size {args.batch_size} does not divide into {parts} equal parts (processes x --accumulate)")
+    if any(args.channels * m % args.heads for m in args.multipliers) or not args.multipliers:
+        parser.error(f"--heads {args.heads} must divide --channels {args.channels} times each of --multipliers")
+    if args.conditional and args.only:
+        parser.error("--conditional needs several classes, and --only leaves one")
+    try:
+        make_diffusion(**diffusion_settings(args))
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def diffusion_settings(args):
+    return {name: getattr(args, name) for name in ("timesteps", "schedule", "beta_start", "beta_end", "beta_min", "beta_max",
+                                                   "prediction", "variance", "loss")}
+
+
+def find_label(text, classes):
+    """The index of a class given by its name, in any case, or by its index. ValueError lists the classes."""
+    names = [name.lower() for name in classes]
+    if text.lower() in names:
+        return names.index(text.lower())
+    if text.isdecimal() and int(text) < len(classes):
+        return int(text)
+    raise ValueError(f"no label {text!r}: use an index 0..{len(classes) - 1} or one of {', '.join(classes[:100])}")
+
+
+# ------------------------------------------------------------------------------------- from settings to networks and back
+
+
+def pick_device(name):
+    """The device of that name, seen to work; the best there is if None. ValueError if it does not."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or best)
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def pick_dtype(precision, device):
+    """What autocast computes in; auto was chosen by measurement: bf16 gains nothing on the CPUs at this network's width."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def make_diffusion(timesteps, schedule, beta_start, beta_end, beta_min, beta_max, prediction, variance, loss):
+    """GaussianDiffusion from a checkpoint's "diffusion" settings."""
+    betas = (linear_beta_schedule(timesteps, beta_start, beta_end) if schedule == "linear"
+             else cosine_beta_schedule(timesteps, beta_min=beta_min, beta_max=beta_max))
+    return GaussianDiffusion(betas, prediction, variance, loss)
+
+
+def settings_of(args, shape, classes):
+    """All that a checkpoint needs to rebuild its model, and all that --resume must find unchanged, in three dicts."""
+    C = shape[0]
+    network = dict(in_channels=C, image_size=shape[1], patch=args.patch, channels=args.channels, multipliers=args.multipliers,
+                   blocks=args.blocks, attention=args.attention, heads=args.heads, dropout=args.dropout,
+                   convnext=args.block == "convnext", scale_shift=args.embedding == "scale-shift")
+    network["out_channels"] = 2 * C if args.variance.startswith("learned") else C
+    network["num_classes"] = len(classes) if args.conditional else None
+    training = {name: getattr(args, name) for name in ("dataset", "only", "flip", "batch_size", "accumulate", "lr", "warmup",
+                                                       "weight_decay", "ema", "label_dropout", "precision", "seed")}
+    return dict(network=network, diffusion=diffusion_settings(args), training=training)
+
+
+def make_network(kind, settings, classes):
+    """The network of a checkpoint's "network" settings, with fresh weights."""
+    unet = UNet(**settings)
+    return NoisyClassifier(unet, len(classes)) if kind == "classifier" else unet
+
+
+def load_checkpoint(path, device, kind="ddpm"):
+    """A checkpoint of train.py -> (model with EMA weights, diffusion, the checkpoint's dict).
+
+    The model is a UNet (x, t, y) in eval mode on `device`; kind="classifier" loads a classifier instead. Nothing in the
+    file is run (weights_only), and every field is checked before it is used: ValueError says what is wrong with `path`.
+    """
+    checkpoint = read_checkpoint(path)
+    if checkpoint["kind"] != kind:
+        raise ValueError(f"{path} holds a {checkpoint['kind']}, not a {kind}: see --classifier of train.py")
+    with torch.device("meta"):                       # no memory is taken before the weights are known to fit
+        network = make_network(kind, checkpoint["network"], checkpoint["classes"])
+    check_tensors(path, checkpoint["ema"], network.state_dict())
+    network = network.to_empty(device=device).eval().requires_grad_(False)
+    network.load_state_dict(checkpoint["ema"])
+    return network, make_diffusion(**checkpoint["diffusion"]).to(device), checkpoint
+
+
+def read_checkpoint(path):
+    """A checkpoint's dict, its plain fields checked."""
+    try:
+        with zipfile.ZipFile(path) as archive:       # what torch.save writes: an archive that is not compressed
+            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                raise ValueError("it unpacks to more than its size")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["format"] != FORMAT or checkpoint["kind"] not in ("ddpm", "classifier"):
+            raise ValueError(f"its format is {checkpoint['format']!r}, not {FORMAT!r}")
+        check_settings(checkpoint)
+        make_diffusion(**checkpoint["diffusion"])
+        return checkpoint
+    except OSError:
+        raise
+    except Exception as error:      # a damaged or hostile file can fail in any way on its way in
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged ({reason[:200]})") from None
+
+
+def check_settings(checkpoint):
+    """ValueError unless the settings are plain values in sane ranges: they decide how much work a rebuild is."""
+    C, H, W = checkpoint["shape"]
+    network = dict(checkpoint["network"])
+    sizes = dict(channels=2**14, blocks=64, patch=64, heads=2**14, in_channels=3, image_size=2**14)
+    values = dict(network, **{f"side{k}": side for k, side in enumerate((H, W))})
+    for name, high in dict(sizes, side0=2**14, side1=2**14).items():
+        if type(values[name]) is not int or not 1 <= values[name] <= high:
+            raise ValueError(f"{name} is {values[name]!r}")
+    if not 1 <= len(network["multipliers"]) <= 12 or not all(type(m) is int and 1 <= m <= 64 for m in network["multipliers"]):
+        raise ValueError(f"multipliers are {network['multipliers']!r}")
+    if not (network["num_classes"] is None or type(network["num_classes"]) is int and 1 <= network["num_classes"] <= 2**16):
+        raise ValueError(f"num_classes is {network['num_classes']!r}")
+    if type(checkpoint["diffusion"]["timesteps"]) is not int or not 1 <= checkpoint["diffusion"]["timesteps"] <= 10**6:
+        raise ValueError(f"timesteps is {checkpoint['diffusion']['timesteps']!r}")
+    if C != network["in_channels"] or type(checkpoint["step"]) is not int or not isinstance(checkpoint["training"], dict):
+        raise ValueError("its fields do not fit each other")
+    if not isinstance(checkpoint["classes"], tuple) or not all(isinstance(name, str) for name in checkpoint["classes"]):
+        raise ValueError("its classes are no names")
+
+
+def check_tensors(path, tensors, like):
+    """ValueError unless `tensors` has the names, shapes and types of `like`, and finite numbers only."""
+    if not isinstance(tensors, dict) or tensors.keys() != like.keys():
+        raise ValueError(f"{path} is damaged: its weights are not those of its network")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != like[name].shape or tensor.dtype != like[name].dtype:
+            raise ValueError(f"{path} is damaged: {name} does not have the shape or type of its network")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path} is damaged: {name} has numbers that are not finite")
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint so that, whatever happens, `path` is a complete one: the old or the new."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    with data.atomic(path) as file:
+        file.write(content.getbuffer())
+
+
+def keep_older(path):
+    """Give the model that a new training would overwrite another name: ddpm.1.pt, ddpm.2.pt, ..."""
+    stem, suffix = os.path.splitext(path)
+    kept = next(name for k in range(1, 10**6) if not os.path.exists(name := f"{stem}.{k}{suffix}"))
+    try:
+        os.link(path, kept)              # two names for a moment: `path` is there all the time
+    except OSError:
+        os.replace(path, kept)
+    data.say(f"{path} was there already and is now {kept}", done=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+
+
+def load_data(args, split):
+    """-> images uint8 (N, C, H, W), labels (N,), and the names of the classes, with --only applied."""
+    images, labels = data.load_dataset(args.dataset, split, args.data_dir)
+    classes = (data.DATASETS[args.dataset].classes if args.dataset in data.DATASETS
+               else tuple(str(k) for k in range(int(labels.max()) + 1)))
+    if args.only is not None:
+        chosen = labels == find_label(args.only, classes)
+        images, labels = images[chosen], labels[chosen]
+        if len(images) == 0:
+            raise ValueError(f"--only {args.only}: {args.dataset} has no image of it")
+    if (args.conditional or args.classifier) and len(classes) < 2:
+        raise ValueError(f"{args.dataset} has no labels: put them into {args.dataset[:-4]}.labels.npy")
+    return images, labels, classes
+
+
+def learning_rate(step, args):
+    """Up in a straight line over the warm-up, the first step not at 0; then down in another, to 0 at the end."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / (args.warmup + 1)
+    return args.lr * (args.steps - step) / max(args.steps - args.warmup, 1)
+
+
+@torch.no_grad()
+def update_ema(ema, weights, decay, step):
+    """ema <- decay ema + (1 - decay) weights, in place; a shorter memory at first, so that the start is forgotten."""
+    torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+class Run:
+    """A training in progress: all that a checkpoint holds, and one step of it."""
+
+    def __init__(self, args, images, labels, classes, device, rank=0, world=1):
+        torch.manual_seed(args.seed)
+        self.args, self.images, self.labels, self.device = args, images.to(device), labels.to(device), device
+        self.rank, self.world, self.done = rank, world, 0
+        self.kind = "classifier" if args.classifier else "ddpm"
+        self.fixed = dict(format=FORMAT, kind=self.kind, shape=tuple(images.shape[1:]), classes=classes,
+                          **settings_of(args, images.shape[1:], classes))
+        self.network = make_network(self.kind, self.fixed["network"], classes).to(device)
+        for module in self.network.modules():
+            module.checkpointing = args.checkpointing
+        if device.type == "cuda":
+            self.network.to(memory_format=torch.channels_last)
+        self.diffusion = make_diffusion(**self.fixed["diffusion"]).to(device)
+        self.importance = ImportanceSampler(args.timesteps).to(device)
+        self.weights = list(self.network.parameters())
+        self.ema = [w.detach().clone() for w in self.weights]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        # The scaler is there for fp16, and in any precision for what it does on the way: a step whose gradient is not
+        # finite is skipped on the device, without the host having to look.
+        self.dtype = pick_dtype(args.precision, device)
+        fp16 = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0,
+                                           growth_interval=2000 if fp16 else 2**31 - 1)
+        self.skipped = torch.zeros(2, device=device)                    # steps skipped: in a row up to now, in all
+        self.model = torch.compile(self.network) if args.compile else self.network
+        if world > 1:
+            self.model = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
+
+    def batch(self):
+        """A batch drawn with replacement, which is Algorithm 1's x_0 ~ q(x_0): images in [-1, 1], and labels or None."""
+        index = torch.randint(len(self.images), (self.args.batch_size,), device=self.device)
+        x_0, y = data.to_model(self.images[index]), self.labels[index]
+        if self.args.flip:
+            mirrored = torch.rand(len(x_0), device=self.device) < 0.5
+            x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
+        if self.args.conditional:
+            hidden = torch.rand(len(y), device=self.device) < self.args.label_dropout
+            return x_0, y.masked_fill(hidden, self.fixed["network"]["num_classes"])
+        return x_0, y if self.args.classifier else None
+
+    def times(self, n):
+        """t (n,) and the weights (n,) of their losses: uniform and 1, except for the bound itself and for a classifier."""
+        if self.args.classifier:      # t = 0, clean images, is a quarter of its work: sample.py --score looks there
+            t = torch.randint(0, self.args.timesteps + 1, (n,), device=self.device)
+            return t * (torch.rand(n, device=self.device) > 0.25), torch.ones(n, device=self.device)
+        if self.args.loss == "vlb":
+            return self.importance.draw(n)
+        return torch.randint(1, self.args.timesteps + 1, (n,), device=self.device), torch.ones(n, device=self.device)
+
+    def losses(self, x_0, y, t, noise):
+        """The loss of each image, (B,): Algorithm 1's, or the classifier's."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.args.classifier:
+                signal, rest = self.diffusion.sqrt_alpha_bar, self.diffusion.sqrt_one_minus_alpha_bar
+                return F.cross_entropy(self.model(at(signal, t) * x_0 + at(rest, t) * noise, t), y, reduction="none")
+            return self.diffusion.training_losses(lambda x_t, t: self.model(x_t, t, y).float(), x_0, t, noise)
+
+    def step(self):
+        """One step of the optimiser -> the mean loss of this process's images, on the device.
+
+        Every process draws the whole batch from the same random numbers and works on its own part of it, so that the
+        result does not depend on how many processes there are.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.done, self.args)
+        x_0, y = self.batch()
+        t, importance = self.times(len(x_0))
+        noise = torch.randn_like(x_0)
+        size, losses = len(x_0) // (self.world * self.args.accumulate), []
+        for k in range(self.args.accumulate):
+            part = slice((self.rank * self.args.accumulate + k) * size, (self.rank * self.args.accumulate + k + 1) * size)
+            last = k == self.args.accumulate - 1
+            with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
+                losses.append(self.losses(x_0[part], None if y is None else y[part], t[part], noise[part]))
+                self.scaler.scale((losses[-1] * importance[part]).mean() / self.args.accumulate).backward()
+        losses = torch.cat(losses).detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        bad = ~torch.isfinite(norm)
+        self.skipped = torch.stack([(self.skipped[0] + 1) * bad, self.skipped[1] + bad])
+        update_ema(self.ema, self.weights, self.args.ema, self.done)
+        if self.args.loss == "vlb" and not self.args.classifier:
+            self.importance.update(t, self.gather(losses))
+        self.done += 1
+        return losses.mean()
+
+    def gather(self, losses):
+        """The losses of the whole batch, from all processes."""
+        if self.world == 1:
+            return losses
+        parts = [torch.empty_like(losses) for _ in range(self.world)]
+        dist.all_gather(parts, losses)
+        return torch.cat(parts)
+
+    def save(self, path, keep=False):
+        """Write the checkpoint, an older one of the same name being kept under another if asked -> the step saved."""
+        if not all(torch.isfinite(w).all() for w in self.weights):
+            raise ValueError(f"the weights are no longer finite numbers; {path} was left as it was. Try a lower --lr")
+        if keep:
+            keep_older(path)
+        save_checkpoint(path, self.checkpoint())
+        return self.done
+
+    def checkpoint(self):
+        names = [name for name, _ in self.network.named_parameters()]
+        rng = dict(cpu=torch.get_rng_state())
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return dict(self.fixed, step=self.done, steps=self.args.steps, ema=dict(zip(names, self.ema)),
+                    model=self.network.state_dict(), optimizer=self.optimizer.state_dict()["state"],
+                    scaler=self.scaler.state_dict(), importance=self.importance.state_dict(), rng=rng)
+
+    def restore(self, path):
+        """Go on from a checkpoint. ValueError if it was made with other settings, or is damaged."""
+        checkpoint = read_checkpoint(path)
+        for group in ("kind", "shape", "network", "diffusion", "training"):
+            old, new = checkpoint[group], self.fixed[group]
+            if old != new:
+                names = [k for k in new if old.get(k) != new[k]] if isinstance(new, dict) else []
+                differ = ", ".join(f"{k} was {old.get(k)!r} and is {new[k]!r}" for k in names) or f"{group} was {old} and is {new}"
+                raise ValueError(f"--resume cannot go on from {path} with other settings: {differ}")
+        check_tensors(path, checkpoint["ema"], dict(self.network.named_parameters()))
+        check_tensors(path, checkpoint["model"], self.network.state_dict())
+        check_tensors(path, checkpoint["importance"], self.importance.state_dict())
+        for k, moments in checkpoint["optimizer"].items():
+            like = torch.zeros_like(self.weights[k], device="cpu")
+            check_tensors(path, moments, dict(step=torch.zeros(()), exp_avg=like, exp_avg_sq=like))
+        try:
+            self.network.load_state_dict(checkpoint["model"])
+            self.importance.load_state_dict(checkpoint["importance"])
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(dict(state=checkpoint["optimizer"], param_groups=groups))
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            torch.set_rng_state(checkpoint["rng"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in checkpoint["rng"]:
+                torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        for ema, saved in zip(self.ema, checkpoint["ema"].values()):
+            ema.copy_(saved)
+        self.done = checkpoint["step"]
+
+
+def train(args):
+    """The training loop."""
+    rank, world, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = data.say if rank == 0 else (lambda text, done=False: None)
+    if rank == 0:
+        data.check_writable(args.out)
+    if local > 0:
+        dist.barrier()                               # the first process of each machine fetches the data, the others wait
+    images, labels, classes = load_data(args, "train")
+    if world > 1 and local == 0:
+        dist.barrier()
+
+    run = Run(args, images, labels, classes, device, rank, world)
+    exists = os.path.exists(args.out)
+    if args.resume and exists:
+        run.restore(args.out)
+        if run.done >= args.steps:
+            return say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
+    overwrites = exists and not args.resume
+    say(f"{len(images):,} images {'x'.join(map(str, images.shape[1:]))}, {sum(w.numel() for w in run.weights):,} parameters, "
+        f"{device}, {str(run.dtype)[6:]}, steps {run.done} to {args.steps} of {args.batch_size} images", done=True)
+
+    stopped = []                                     # Ctrl-C and SIGTERM end the loop after the step in hand; twice: at once
+    handlers = {number: signal.signal(number, lambda number, _: sys.exit(1) if stopped else stopped.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    began = reported = time.monotonic()
+    first = saved = run.done
+    loss, seen = torch.zeros((), device=device), 0
+    while run.done < args.steps and not stop_agreed(stopped, run):
+        loss, seen = loss + run.step(), seen + 1
+        now, last = time.monotonic(), run.done == args.steps
+        if now - reported > 1 or last:
+            reported, speed = now, (run.done - first) / (now - began)
+            in_a_row, skipped = run.skipped.tolist()
+            if in_a_row >= 100:
+                raise ValueError(f"the gradient has not been finite for {in_a_row:.0f} steps; {args.out} was left as it was. "
+                                 "Try a lower --lr, or --precision fp32")
+            say(f"step {run.done}/{args.steps}  loss {loss.item() / seen:.4f}  {speed * args.batch_size:.0f} images/s  "
+                f"{clock((args.steps - run.done) / speed)} left" + (f"  {skipped:.0f} steps skipped" if skipped else ""), last)
+            loss, seen = torch.zeros_like(loss), 0
+        if rank == 0 and run.done % args.save_every == 0:
+            saved = run.save(args.out, keep=exists and not args.resume and saved == first)
+    if rank == 0 and saved != run.done:
+        run.save(args.out, keep=exists and not args.resume and saved == first)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if world > 1:
+        dist.destroy_process_group()
+    if run.done < args.steps:
+        say(f"stopped at step {run.done}, saved in {args.out}. To go on: python {shlex.join(sys.argv)}"
+            + ("" if args.resume else " --resume"), done=True)
+        sys.exit(128 + stopped[0] if stopped else 1)
+    say(f"{run.done - first} steps, {(run.done - first) * args.batch_size:,} images, in {clock(time.monotonic() - began)}; "
+        f"averaged weights in {args.out}. Next: python sample.py"
+        + (f" --checkpoint {args.out}" * (args.out != "ddpm.pt") if run.kind == "ddpm" else f" --score {args.out}"), done=True)
+
+
+def stop_agreed(stopped, run):
+    """Whether to stop: with several processes, all at the same step, every tenth of which they ask each other."""
+    if run.world == 1 or run.done % 10:
+        return bool(stopped) and run.world == 1
+    flag = torch.tensor(float(len(stopped)), device=run.device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+def clock(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluation
+
+
+def measure(model, diffusion, x_0, t):
+    """One draw of x_t for each image -> L_{t-1} in bits/dim, L_simple, and x_0's squared error, each (B,); one model call."""
+    noise = torch.randn_like(x_0)
+    x_t = diffusion.q_sample(x_0, t, noise)
+    output = model(x_t, t)
+    eps, _ = diffusion.predict(lambda x_t, t: output, x_t, t, clip=False)
+    _, seen = diffusion.predict(lambda x_t, t: output, x_t, t)
+    terms = diffusion.vlb_terms(lambda x_t, t: output, x_0, x_t, t)
+    return terms, *(error.square().flatten(1).mean(1) for error in (eps - noise, seen - x_0))
+
+
+@torch.inference_mode()
+def evaluate(args):
+    """Print the test set's L_simple and its bound in bits/dim, split as in Section 4.3, with 95% confidence intervals.
+
+    Every image gets L_0 and, of the terms t = 2 .. T, four drawn with probability about 1/t, as large as they are (or all).
+    """
+    device = pick_device(args.device)
+    network, diffusion, checkpoint = load_checkpoint(args.evaluate, device)
+    args.dataset, args.only = checkpoint["training"]["dataset"], checkpoint["training"]["only"]
+    images, labels, _ = load_data(args, "test")
+    torch.manual_seed(args.seed)
+    T, count, conditional = diffusion.timesteps, min(args.exact or len(images), len(images)), checkpoint["network"]["num_classes"]
+    later = torch.arange(2, T + 1, device=device)
+    probability = 1 / later + 5 / T
+    probability = probability / probability.sum()
+    batches, draws = [], []
+    for k in range(0, count, 500):
+        x_0 = data.to_model(images[k:min(k + 500, count)].to(device))
+        y = labels[k:k + len(x_0)].to(device) if conditional else None
+        model, B = (lambda x_t, t: network(x_t, t, y)), len(x_0)
+        if args.exact or T == 1:
+            times = [(t.expand(B), torch.ones(B, device=device)) for t in later]
+        else:
+            picks = torch.multinomial(probability, 4 * B, replacement=True).view(4, B)
+            times = [(later[pick], 1 / (4 * probability[pick])) for pick in picks]
+        distortion, simple, squared_error = measure(model, diffusion, x_0, torch.ones_like(later[:1]).expand(B) if T > 1 else 1)
+        rate, total_simple = torch.zeros_like(distortion), simple.clone()
+        draws.append((torch.ones(B), torch.ones(B), simple.cpu()))
+        for t, weight in times:
+            term, simple, _ = measure(model, diffusion, x_0, t)
+            rate, total_simple = rate + weight * term, total_simple + weight * simple
+            draws.append((t.cpu(), weight.cpu(), simple.cpu()))
+            data.say(f"{k + B} of {count} images")
+        batches.append(torch.stack([total_simple / T, diffusion.prior_bits(x_0), rate, distortion, squared_error]).cpu())
+    simple, prior, rate, distortion, squared_error = torch.cat(batches, dim=1).double()
+
+    def shown(x):
+        return f"{x.mean():.4f} +- {1.96 * x.std() / math.sqrt(len(x)):.4f}" if len(x) > 1 else f"{x.mean():.4f}"
+
+    t, weight, errors = (torch.cat(column).double() for column in zip(*draws))
+    quarters = [weight[chosen] @ errors[chosen] / weight[chosen].sum()
+                for chosen in ((t > T * q / 4) & (t <= T * (q + 1) / 4) for q in range(4)) if chosen.any()]
+    data.say(f"{args.dataset}, test split, {count:,} images, {args.evaluate} at step {checkpoint['step']}", done=True)
+    print(f"L_simple    {shown(simple)}   by quarter of t: {'  '.join(f'{q:.4f}' for q in quarters)}")
+    print(f"bits/dim <= {shown(prior + rate + distortion)}")
+    print(f"   L_T      {prior.mean():.6f}")
+    print(f"   rate     {shown(rate)}   L_1 + ... + L_{{T-1}}")
+    print(f"   distortion {shown(distortion)}   L_0; RMSE {127.5 * squared_error.mean().sqrt():.2f} of 255")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    (evaluate if args.evaluate else train)(args)
+
+
+def guarded(main):
+    """Run a script's main; what went wrong with a person's file, flag or machine is one line, not a traceback."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    name = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit(f"{name}: out of memory. Try a smaller --batch-size, --accumulate, or a smaller network")
+
+
+if __name__ == "__main__":
+    guarded(main)

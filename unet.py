@@ -1,0 +1,290 @@
+"""epsilon_theta(x_t, t): the U-Net of the paper's Appendix B, in a size that a laptop trains in minutes.
+
+Nothing here knows about diffusion: a network takes images x (B, C, H, W), integers t (B,) and perhaps labels y (B,),
+and returns images. From top to bottom: the embedding of t, the blocks, the encoder, the U-Net, a classifier.
+
+With the paper's settings,
+
+    UNet(in_channels=3, image_size=32, patch=1, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
+         dropout=0.1)
+
+this is the paper's CIFAR-10 network, parameter for parameter (35,746,307). The defaults differ from it for one reason,
+which is time on a CPU, and in these places:
+
+* patch=2: pixels are gathered 2 x 2 into channels on the way in and spread again on the way out. Feature maps at the
+  full 28 x 28 are most of a U-Net's time and little of its capacity.
+* fewer and narrower blocks, and self-attention in the middle only.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+def timestep_embedding(t, dim):
+    """Sinusoidal position embedding of t (B,), integers >= 0 -> (B, dim) in [-1, 1] (Appendix B, after Vaswani et al.).
+
+    Half the columns are sines, half cosines, of wavelengths from 2 pi to 20,000 pi; an odd last column is zero.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / max(half - 1, 1))
+    angles = t[:, None].float() * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+def group_norm(channels):
+    """GroupNorm as the paper has it, 32 groups of at least 4 channels; fewer groups where there are fewer channels."""
+    groups = next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels)
+
+
+def zero(layer):
+    """Start a layer at zero, so that the block that it ends starts as the identity (or the network at zero)."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def condition(norm, h, emb, scale_shift):
+    """Normalise h (B, C, H, W) and tell it emb (B, C): added before (the paper), or (B, 2 C) as a scale and a shift after
+    ("adaptive group normalisation", iDDPM and Dhariwal & Nichol 2021)."""
+    emb = emb[:, :, None, None]
+    if not scale_shift:
+        return norm(h + emb)
+    scale, shift = emb.chunk(2, dim=1)
+    return norm(h) * (1 + scale) + shift
+
+
+# Every block is called with (h, emb): h (B, C, H, W), and emb (B, E), which stands for t and y. Some ignore emb.
+
+
+class ResNetBlock(nn.Module):
+    """Two convolutions with the embedding between them and a shortcut around them (Appendix B)."""
+
+    def __init__(self, c_in, c_out, c_emb, dropout=0.0, scale_shift=False):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, 2 * c_out if scale_shift else c_out)
+        self.norm2 = group_norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = condition(self.norm2, h, self.emb(emb), self.scale_shift)
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class ConvNeXtBlock(nn.Module):
+    """A 7 x 7 convolution of each channel by itself, then a two-layer network at each pixel (Liu et al. 2022)."""
+
+    def __init__(self, c_in, c_out, c_emb, dropout=0.0, scale_shift=False):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.depthwise = nn.Conv2d(c_in, c_in, 7, padding=3, groups=c_in)
+        self.norm = nn.GroupNorm(1, c_in)
+        self.emb = nn.Linear(c_emb, 2 * c_in if scale_shift else c_in)
+        self.expand = nn.Conv2d(c_in, 4 * c_out, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.project = zero(nn.Conv2d(4 * c_out, c_out, 1))
+        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x, emb):
+        h = condition(self.norm, self.depthwise(x), self.emb(emb), self.scale_shift)
+        return self.shortcut(x) + self.project(self.dropout(F.gelu(self.expand(h))))
+
+
+class Attention(nn.Module):
+    """Self-attention over the H W pixels of a feature map."""
+
+    def __init__(self, channels, heads=1):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x, emb):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2)
+        h = F.scaled_dot_product_attention(*qkv.unbind(1))                       # each (B, heads, H W, C / heads)
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class Downsample(nn.Module):
+    """Half the height and width, rounded up: by a convolution of stride 2 (the paper's), or the average of 2 x 2."""
+
+    def __init__(self, channels, learned=True):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if learned else None
+
+    def forward(self, x, emb):
+        return F.avg_pool2d(x, 2, ceil_mode=True) if self.conv is None else self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Grow to `size` (H, W) by repeating pixels, then a convolution (the paper's), or nothing more."""
+
+    def __init__(self, channels, learned=True):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if learned else nn.Identity()
+
+    def forward(self, x, size):
+        return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+
+
+class Stage(nn.Sequential):
+    """Blocks one after another, each called with (h, emb)."""
+
+    checkpointing = False                        # compute again in the backward pass rather than remember
+
+    def forward(self, h, emb):
+        for block in self:
+            again = self.checkpointing and self.training
+            h = checkpoint(block, h, emb, use_reentrant=False) if again else block(h, emb)
+        return h
+
+
+class Embedding(nn.Module):
+    """t (B,) and y (B,) or None -> emb (B, 4 channels): Appendix B's embedding of t, plus a row of a table for y.
+
+    The table has num_classes + 1 rows. The last means "no label" and starts at zero; y=None means it.
+    """
+
+    def __init__(self, channels, num_classes=None):
+        super().__init__()
+        self.channels = channels
+        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
+        self.labels = None
+        if num_classes is not None:
+            self.labels = nn.Embedding(num_classes + 1, 4 * channels)
+            nn.init.zeros_(self.labels.weight[-1])
+
+    def forward(self, t, y=None):
+        emb = self.mlp(timestep_embedding(t, self.channels))
+        if self.labels is not None:
+            emb = emb + (self.labels.weight[-1] if y is None else self.labels(y))
+        elif y is not None:
+            raise ValueError("this network was built without classes (num_classes=None): call it without labels")
+        return F.silu(emb)                       # every block begins with it: done once
+
+
+class Encoder(nn.Module):
+    """The left half of the U: images (B, in_channels, H, W) -> all its feature maps, finest first."""
+
+    def __init__(self, in_channels, patch, widths, blocks, make_block, make_attention, learned_resampling=True):
+        super().__init__()
+        self.patch = patch
+        self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
+        self.stages = nn.ModuleList()
+        self.widths = [widths[0]]                # the channels of each feature map
+        for level, width in enumerate(widths):
+            for _ in range(blocks):
+                self.stages.append(Stage(make_block(self.widths[-1], width), *make_attention(level)))
+                self.widths.append(width)
+            if level + 1 < len(widths):
+                self.stages.append(Downsample(width, learned_resampling))
+                self.widths.append(width)
+
+    def forward(self, x, emb):
+        H, W = x.shape[-2:]
+        x = F.pad(x, (0, -W % self.patch, 0, -H % self.patch))
+        hs = [self.conv_in(F.pixel_unshuffle(x, self.patch))]
+        for stage in self.stages:
+            hs.append(stage(hs[-1], emb))
+        return hs
+
+
+class UNet(nn.Module):
+    """epsilon_theta(x_t, t, y). UNet() is the network that train.py builds with no flag.
+
+    in_channels, out_channels  of the images, and of the prediction (None: the same; twice as many for a learned variance)
+    image_size                 only says which feature maps `attention` means; forward takes any H and W
+    patch                      2: work on 2 x 2 pixels at a time; 1: the paper's
+    channels, multipliers      level l has channels * multipliers[l] channels and 1 / 2^l of the size
+    blocks                     residual blocks per level (one more on the way up)
+    attention                  sizes of the feature maps that get self-attention; the middle always has it
+    heads                      of the attention (1: the paper's)
+    dropout                    inside the residual blocks
+    convnext                   ConvNeXt blocks instead of the paper's ResNet blocks
+    scale_shift                how blocks are told t: True: scale and shift, False: the paper's addition
+    learned_resampling         False: averages down and repeated pixels up, without convolutions
+    num_classes                None: no labels
+    checkpointing              compute each block again in the backward pass rather than remember its inside
+    """
+
+    def __init__(self, in_channels=1, out_channels=None, image_size=28, patch=2, channels=32, multipliers=(1, 2), blocks=1,
+                 attention=(), heads=1, dropout=0.0, convnext=False, scale_shift=False, learned_resampling=True,
+                 num_classes=None, checkpointing=False):
+        super().__init__()
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.patch = patch
+        widths = [channels * m for m in multipliers]
+        sizes = [math.ceil(image_size / (patch * 2**level)) for level in range(len(widths))]
+
+        def make_block(c_in, c_out):
+            return (ConvNeXtBlock if convnext else ResNetBlock)(c_in, c_out, 4 * channels, dropout, scale_shift)
+
+        def make_attention(level):
+            return [Attention(widths[level], heads)] if sizes[level] in attention else []
+
+        self.embedding = Embedding(channels, num_classes)
+        self.encoder = Encoder(in_channels, patch, widths, blocks, make_block, make_attention, learned_resampling)
+        c = widths[-1]
+        self.middle = Stage(make_block(c, c), Attention(c, heads), make_block(c, c))
+        self.up = nn.ModuleList()
+        skips = list(self.encoder.widths)
+        for level in reversed(range(len(widths))):
+            for _ in range(blocks + 1):
+                self.up.append(Stage(make_block(c + skips.pop(), widths[level]), *make_attention(level)))
+                c = widths[level]
+            if level > 0:
+                self.up.append(Upsample(c, learned_resampling))
+        assert not skips
+        self.norm_out = group_norm(c)
+        self.conv_out = zero(nn.Conv2d(c, self.out_channels * patch**2, 3, padding=1))
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.checkpointing = checkpointing
+
+    def forward(self, x, t, y=None):
+        """x (B, in_channels, H, W), t (B,) integers >= 0, y (B,) int64 in 0..num_classes or None
+        -> (B, out_channels, H, W)."""
+        H, W = x.shape[-2:]
+        emb = self.embedding(t, y)
+        hs = self.encoder(x, emb)
+        h = self.middle(hs[-1], emb)
+        for stage in self.up:
+            if isinstance(stage, Upsample):
+                h = stage(h, hs[-1].shape[-2:])
+            else:
+                h = stage(torch.cat([h, hs.pop()], dim=1), emb)
+        assert not hs
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch)[..., :H, :W]
+
+
+class NoisyClassifier(nn.Module):
+    """p(y | x_t): the left half and the middle of a U-Net, which it takes over, with a head. At t = 0 images are clean."""
+
+    def __init__(self, unet, num_classes):
+        super().__init__()
+        self.embedding, self.encoder, self.middle = unet.embedding, unet.encoder, unet.middle
+        width = self.encoder.widths[-1]
+        self.norm = group_norm(width)
+        self.head = nn.Linear(width, num_classes)
+
+    def features(self, x, t):
+        """x (B, C, H, W), t (B,) integers >= 0 -> (B, F): the last feature map, averaged over its pixels."""
+        emb = self.embedding(t)
+        h = self.middle(self.encoder(x, emb)[-1], emb)
+        return F.silu(self.norm(h)).mean(dim=(2, 3))
+
+    def forward(self, x, t):
+        """-> logits (B, num_classes)."""
+        return self.head(self.features(x, t))
