@@ -1,0 +1,887 @@
+"""The proof that the code is the paper: python -m unittest (offline, about a minute); one test: python -m unittest -k decoder.
+
+Three oracles carry most of it. The Gaussian: if every pixel of x_0 is N(m, s^2), the best possible eps_theta is known in
+closed form (gaussian_eps), so losses, samplers, inversion and bits/dim can be held against known numbers without training;
+with it every sampler's step is affine, so the mean and variance of a whole chain can be propagated exactly. The handful of
+points: if x_0 is one of a few known images, the best eps_theta is a softmax over them (points_eps), and samples must be
+those images. And float64: formulas are worked out again with numpy, from the paper, without this project's tables.
+
+DDPM_LONG_TESTS=1 makes the kill and mutation tests as long as they should be before a release (minutes).
+"""
+import ast
+import contextlib
+import gzip
+import hashlib
+import http.server
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shlex
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import unittest
+import warnings
+import zlib
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+import data
+import ddpm
+import sample
+import train
+import unet
+from ddpm import GaussianDiffusion, linear_beta_schedule
+
+HERE = Path(__file__).parent
+LONG = bool(os.environ.get("DDPM_LONG_TESTS"))
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+M, S = 0.3, 0.5                                       # the Gaussian oracle's data: x_0 ~ N(M, S^2)
+STEEP = np.linspace(0.02, 0.4, 20)                    # a short schedule that ends in noise: alpha_bar_20 = 0.007
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def setUpModule():
+    warnings.simplefilter("ignore", UserWarning)      # short schedules warn that they do not end in noise: tested where due
+
+
+class Reference:
+    """The paper's quantities for t = 0 .. T in float64, from its formulas, with none of the project's tables."""
+
+    def __init__(self, betas):
+        self.T, self.beta = len(betas), np.concatenate([[0.0], np.asarray(betas, np.float64)])
+        self.alpha = 1 - self.beta
+        self.alpha_bar = np.array([np.prod(self.alpha[:t + 1]) for t in range(self.T + 1)])
+
+    def posterior(self, t):
+        """Weights of x_0 and x_t in mu-tilde, and beta-tilde (Eq. 7)."""
+        ab, before = self.alpha_bar[t], self.alpha_bar[t - 1]
+        return (np.sqrt(before) * self.beta[t] / (1 - ab), np.sqrt(self.alpha[t]) * (1 - before) / (1 - ab),
+                (1 - before) / (1 - ab) * self.beta[t])
+
+    def sigma2(self, t, variance):
+        return self.beta[t] if variance == "beta" else self.posterior(t)[2]
+
+
+def gaussian_eps(alpha_bar, m=M, s=S):
+    """The perfect eps_theta for x_0 ~ N(m, s^2): E[eps | x_t]. alpha_bar: a table (T+1,)."""
+    alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64)
+
+    def model(x_t, t):
+        ab = alpha_bar[t][:, None, None, None]
+        return ((1 - ab).sqrt() * (x_t.double() - ab.sqrt() * m) / (ab * s**2 + 1 - ab)).float()
+
+    return model
+
+
+def points_eps(alpha_bar, points):
+    """The perfect eps_theta when x_0 is one of `points` (K, C, H, W), each as likely."""
+    alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64)
+
+    def model(x_t, t):
+        ab, x = alpha_bar[t][:, None], x_t.double().flatten(1)
+        means = ab[:, None].sqrt() * points.double().flatten(1)
+        weights = torch.softmax(-((x[:, None] - means) ** 2).sum(2) / (2 * (1 - ab)), dim=1)
+        x_0 = weights @ points.double().flatten(1)
+        return ((x - ab.sqrt() * x_0) / (1 - ab).sqrt()).view_as(x_t).float()
+
+    return model
+
+
+def as_prediction(diffusion, eps_model, channels=None):
+    """A model that knows what eps_model knows, but says it as `diffusion` wants to hear it, with constant variance channels."""
+    def model(x_t, t):
+        eps = eps_model(x_t, t)
+        signal, noise = ddpm.at(diffusion.sqrt_alpha_bar, t), ddpm.at(diffusion.sqrt_one_minus_alpha_bar, t)
+        output = diffusion.target((x_t - noise * eps) / signal, x_t, t, eps)
+        return output if channels is None else torch.cat([output, torch.full_like(output, channels)], dim=1)
+
+    return model
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64),
+                               rtol=tolerance, atol=tolerance)
+
+
+# ----------------------------------------------------------------------------------------- Section 2: the forward process
+
+
+class Section2ForwardProcess(unittest.TestCase):
+    def setUp(self):
+        self.diffusion, self.ref = GaussianDiffusion(linear_beta_schedule()), Reference(np.linspace(1e-4, 0.02, 1000))
+
+    def test_the_default_schedule_is_section_4s(self):
+        betas = linear_beta_schedule()
+        self.assertEqual((betas.dtype, betas.shape), (torch.float64, (1000,)))
+        close(betas, np.linspace(1e-4, 0.02, 1000), 1e-15)
+
+    def test_index_0_is_clean_data(self):
+        d = self.diffusion
+        self.assertEqual([float(d.beta[0]), float(d.alpha[0]), float(d.alpha_bar[0])], [0, 1, 1])
+        self.assertEqual(float(d.posterior_variance[0]), 0)
+        for table in (d.beta, d.alpha, d.alpha_bar, d.posterior_variance):
+            self.assertEqual((table.shape, table.dtype), ((1001,), torch.float32))
+
+    def test_tables_are_the_float64_formulas_rounded_once(self):
+        d, r = self.diffusion, self.ref
+        for table, exact in ((d.alpha_bar, r.alpha_bar), (d.sqrt_one_minus_alpha_bar, np.sqrt(1 - r.alpha_bar)),
+                             (d.posterior_variance[1:], [r.posterior(t)[2] for t in range(1, 1001)]),
+                             (d.x_0_weight[1:], [r.posterior(t)[0] for t in range(1, 1001)]),
+                             (d.x_t_weight[1:], [r.posterior(t)[1] for t in range(1, 1001)])):
+            np.testing.assert_allclose(table.numpy(), exact, rtol=3e-7)
+        in_float32 = float(1 - torch.tensor(0.9999))
+        self.assertGreater(abs(in_float32 / 1e-4 - 1), 1e-4)                # what would be lost otherwise
+
+    def test_no_table_is_float64_and_there_is_nothing_to_learn(self):
+        self.assertEqual({b.dtype for b in self.diffusion.buffers()}, {torch.float32})
+        self.assertEqual(list(self.diffusion.parameters()), [])
+
+    def test_eq4_is_what_eq2_gives_step_by_step(self):
+        d, one, zero = self.diffusion, torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+        signal, variance = 1.0, 0.0
+        for t in range(1, 1001):
+            a, b = float(d.q_step(one, t, noise=zero)), float(d.q_step(zero, t, noise=one))
+            signal, variance = a * signal, a**2 * variance + b**2
+            self.assertAlmostEqual(signal, float(d.q_sample(one, t, noise=zero)), delta=2e-5)
+            self.assertAlmostEqual(variance, float(d.q_sample(zero, t, noise=one)) ** 2, delta=2e-5)
+
+    def test_a_chain_of_steps_and_the_closed_form_agree_in_distribution(self):
+        d = GaussianDiffusion(STEEP)
+        x = x_0 = torch.full((4, 1, 100, 100), 0.7)
+        for t in range(1, 11):
+            x = d.q_step(x, t, noise=noise(*x.shape, seed=t))
+        y = d.q_sample(x_0, 10, noise=noise(*x.shape, seed=99))
+        self.assertAlmostEqual(float(x.mean()), float(y.mean()), delta=0.03)
+        self.assertAlmostEqual(float(x.std()), float(y.std()), delta=0.02)
+
+    def test_the_posterior_is_bayes_rule_on_eq2_and_eq4(self):
+        r, x_0, x_t = self.ref, noise(3, 1, 2, 2, seed=1), noise(3, 1, 2, 2, seed=2)
+        for t in (2, 3, 500, 1000):
+            # q(x_{t-1} | x_t, x_0) ~ q(x_t | x_{t-1}) q(x_{t-1} | x_0): precisions add
+            precision = r.alpha[t] / r.beta[t] + 1 / (1 - r.alpha_bar[t - 1])
+            mean = (np.sqrt(r.alpha[t]) / r.beta[t] * x_t.double()
+                    + np.sqrt(r.alpha_bar[t - 1]) / (1 - r.alpha_bar[t - 1]) * x_0.double()) / precision
+            got_mean, got_variance = self.diffusion.q_posterior(x_0, x_t, torch.full((3,), t))
+            close(got_mean, mean)
+            np.testing.assert_allclose(got_variance.flatten().numpy(), 1 / precision, rtol=1e-6)
+
+    def test_at_t_1_the_posterior_is_exactly_x_0(self):
+        x_0 = noise(2, 1, 3, 3)
+        mean, variance = self.diffusion.q_posterior(x_0, noise(2, 1, 3, 3, seed=1), 1)
+        self.assertTrue(torch.equal(mean, x_0))
+        self.assertEqual(float(variance.max()), 0)
+
+    def test_wrong_schedules_choices_and_times_are_refused_with_what_is_allowed(self):
+        for betas in ([], [[0.1]], [0.0, 0.1], [0.1, 1.0], [float("nan")], [-0.1]):
+            with self.assertRaisesRegex(ValueError, "betas"):
+                GaussianDiffusion(betas)
+        for start, end in ((0, 0.5), (0.1, 1), (float("nan"), 0.1)):
+            with self.assertRaisesRegex(ValueError, "strictly between 0 and 1"):
+                linear_beta_schedule(10, start, end)
+        for timesteps in (0, -1, 2.5):
+            with self.assertRaisesRegex(ValueError, "timesteps"):
+                linear_beta_schedule(timesteps)
+        for choice in ({"prediction": "noise"}, {"variance": "fixed"}, {"loss": "l2"}):
+            with self.assertRaisesRegex(ValueError, "must be one of"):
+                GaussianDiffusion(STEEP, **choice)
+        for t in (0, 21, torch.tensor([1, 21]), torch.tensor([0.5])):
+            with self.assertRaisesRegex(ValueError, r"1\.\.20"):
+                GaussianDiffusion(STEEP).q_sample(torch.zeros(2, 1, 1, 1), t)
+        with self.assertRaisesRegex(ValueError, "too small for float32"):
+            GaussianDiffusion(linear_beta_schedule(1000, 0.02, 0.98))
+
+    def test_a_schedule_that_does_not_end_in_noise_warns_and_names_the_cure(self):
+        with self.assertWarnsRegex(UserWarning, r"alpha_bar_T = 0\.0\d+.*beta_start=0\.000333 and beta_end=0\.0667"):
+            GaussianDiffusion(linear_beta_schedule(300))
+        with self.assertWarnsRegex(UserWarning, "cosine"):
+            GaussianDiffusion(linear_beta_schedule(10))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            GaussianDiffusion(linear_beta_schedule())
+            GaussianDiffusion(linear_beta_schedule(300, 1e-4 / 0.3, 0.02 / 0.3))
+            GaussianDiffusion(linear_beta_schedule(49, 0.02, 0.98))          # a well-known short steep chain
+
+
+# ---------------------------------------------------------------------------------------------------- Algorithm 1: training
+
+
+class Algorithm1Training(unittest.TestCase):
+    def test_algorithms_1_and_2_have_no_branch_and_no_option_in_their_bodies(self):
+        for function in (GaussianDiffusion.training_losses, GaussianDiffusion.sample, GaussianDiffusion.training_loss):
+            tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(function)))
+            kinds = {type(node) for node in ast.walk(tree)}
+            self.assertFalse(kinds & {ast.If, ast.IfExp, ast.BoolOp, ast.Try, ast.While, ast.Match}, function.__name__)
+
+    def test_l_simple_is_the_mean_squared_error_of_eps(self):
+        d, r = GaussianDiffusion(STEEP), Reference(STEEP)
+        x_0, eps, t = noise(4, 2, 3, 3), noise(4, 2, 3, 3, seed=1), torch.tensor([1, 2, 10, 20])
+        seen = []
+
+        def model(x_t, t):
+            seen.append((x_t, t))
+            return 0.3 * x_t
+
+        loss = d.training_loss(model, x_0, t, eps)
+        ab = r.alpha_bar[t.numpy()][:, None, None, None]
+        x_t = np.sqrt(ab) * x_0.double().numpy() + np.sqrt(1 - ab) * eps.double().numpy()
+        each = ((eps.double().numpy() - 0.3 * x_t) ** 2).mean((1, 2, 3))
+        close(loss, each.mean())
+        close(d.training_losses(model, x_0, t, eps), each)
+        close(seen[0][0], x_t)
+        self.assertEqual((len(seen), seen[0][1].dtype, loss.shape), (2, torch.int64, ()))
+
+    def test_t_is_uniform_on_1_to_T_with_both_ends(self):
+        d = GaussianDiffusion(STEEP)
+        torch.manual_seed(0)
+        counts = torch.bincount(d.uniform_t(torch.zeros(40000, 1)), minlength=21)
+        self.assertEqual(int(counts[0]), 0)
+        self.assertLess(float((counts[1:] - 2000).abs().max()), 5 * math.sqrt(2000))
+
+    def test_the_gaussian_oracle_has_the_loss_that_theory_gives(self):
+        d, r = GaussianDiffusion(STEEP), Reference(STEEP)
+        x_0 = M + S * noise(16, 1, 64, 64)
+        for t in (1, 5, 20):
+            # Var[eps | x_t] = ab s^2 / (ab s^2 + 1 - ab)
+            ab = r.alpha_bar[t]
+            loss = float(d.training_loss(gaussian_eps(r.alpha_bar), x_0, torch.full((16,), t), noise(16, 1, 64, 64, seed=t)))
+            self.assertAlmostEqual(loss, ab * S**2 / (ab * S**2 + 1 - ab), delta=0.02)
+
+    def test_l1_and_huber_are_the_other_distances(self):
+        x_0, eps = noise(2, 1, 4, 4), 3 * noise(2, 1, 4, 4, seed=1)
+        zero = lambda x_t, t: torch.zeros_like(x_t)
+        close(GaussianDiffusion(STEEP, loss="l1").training_loss(zero, x_0, 5, eps), eps.abs().mean())
+        huber = torch.where(eps.abs() < 1, eps**2 / 2, eps.abs() - 0.5).mean()
+        close(GaussianDiffusion(STEEP, loss="huber").training_loss(zero, x_0, 5, eps), huber)
+
+
+# ------------------------------------------------------------------------------------------- Section 3.2: the reverse process
+
+
+class Section3ReverseProcess(unittest.TestCase):
+    def test_without_the_clip_eq11_is_eq7_after_eq15(self):
+        d, r, x_t = GaussianDiffusion(linear_beta_schedule()), Reference(np.linspace(1e-4, 0.02, 1000)), noise(1, 1, 4, 4)
+        model = lambda x_t, t: torch.sin(3 * x_t)
+        eps = torch.sin(3 * x_t).double()
+        for t in (1, 2, 10, 500, 1000):
+            mean, _, x_0 = d.p_mean_variance(model, x_t, t, clip=False)
+            eq11 = (x_t.double() - r.beta[t] / np.sqrt(1 - r.alpha_bar[t]) * eps) / np.sqrt(r.alpha[t])
+            eq15 = (x_t.double() - np.sqrt(1 - r.alpha_bar[t]) * eps) / np.sqrt(r.alpha_bar[t])
+            a, b, _ = r.posterior(t)
+            close(eq11, a * eq15 + b * x_t.double(), 1e-9)
+            close(mean, eq11)
+            torch.testing.assert_close(x_0.double(), eq15, rtol=1e-4, atol=1e-4)
+
+    def test_with_the_clip_the_mean_is_eq7_at_the_clipped_x_0_and_no_longer_algorithm_2s(self):
+        d, r, x_t = GaussianDiffusion(linear_beta_schedule()), Reference(np.linspace(1e-4, 0.02, 1000)), noise(1, 1, 4, 4)
+        model = lambda x_t, t: torch.sin(3 * x_t)
+        for t in (10, 500, 1000):
+            mean, _, x_0 = d.p_mean_variance(model, x_t, t)
+            unclipped, _, outside = d.p_mean_variance(model, x_t, t, clip=False)
+            self.assertTrue(torch.equal(x_0, outside.clamp(-1, 1)))
+            a, b, _ = r.posterior(t)
+            close(mean, a * x_0.double() + b * x_t.double())
+            self.assertGreater(float((mean - unclipped).abs().max()), 1e-4)
+
+    def test_a_clipped_x_0_comes_with_the_eps_that_belongs_to_it(self):
+        r, x_t = Reference(STEEP), 3 * noise(2, 1, 4, 4)
+        for prediction in ddpm.PREDICTIONS:
+            d = GaussianDiffusion(STEEP, prediction)
+            for t in (1, 7, 20):
+                eps, x_0 = d.predict(lambda x_t, t: 0.5 * x_t, x_t, t)
+                self.assertLessEqual(float(x_0.abs().max()), 1)
+                close(np.sqrt(r.alpha_bar[t]) * x_0.double() + np.sqrt(1 - r.alpha_bar[t]) * eps.double(), x_t, 1e-5)
+
+    def test_beta_is_the_best_variance_for_standard_normal_data_and_the_posteriors_for_a_single_point(self):
+        d, r = {v: GaussianDiffusion(STEEP, variance=v) for v in ("beta", "posterior")}, Reference(STEEP)
+        model, x = (lambda x_t, t: x_t), torch.zeros(1, 1, 1, 1)
+        for t in range(2, 21):
+            a, b, tilde = r.posterior(t)
+            for s, variance in ((1.0, "beta"), (0.0, "posterior")):
+                # Var[x_{t-1} | x_t] when x_0 ~ N(m, s^2) = beta-tilde + (weight of x_0)^2 Var[x_0 | x_t]
+                given = s**2 * (1 - r.alpha_bar[t]) / (r.alpha_bar[t] * s**2 + 1 - r.alpha_bar[t])
+                close(d[variance].p_mean_variance(model, x, t)[1].flatten()[0], tilde + a**2 * given, 1e-6)
+
+    def test_at_t_1_beta_tilde_2_stands_in_and_variance_and_log_variance_agree(self):
+        x = torch.zeros(1, 1, 1, 1)
+        for variance in ("beta", "posterior"):
+            d = GaussianDiffusion(linear_beta_schedule(), variance=variance)
+            for t in (1, 2, 1000):
+                v, log_v = d.p_mean_variance(lambda x, t: x, x, t)[1], d.p_mean_log_variance(lambda x, t: x, x, t)[1]
+                close(v.log(), log_v, 1e-6)
+            self.assertEqual(float(d.p_mean_variance(lambda x, t: x, x, 1)[1]), float(d.posterior_variance[2]))
+            self.assertEqual(float(d.p_mean_variance(lambda x, t: x, x, 1000)[1]),
+                             float((d.beta if variance == "beta" else d.posterior_variance)[1000]))
+
+    def test_mean_variance_and_x_0_come_from_one_call_of_the_model(self):
+        calls = []
+        d = GaussianDiffusion(STEEP, variance="learned_range")
+
+        def model(x_t, t):
+            calls.append(t)
+            return torch.cat([x_t, x_t], dim=1)
+
+        d.p_mean_variance(model, noise(2, 1, 2, 2), 5)
+        d.p_sample(model, noise(2, 1, 2, 2), 5)
+        d.training_loss(model, noise(2, 1, 2, 2))
+        d.vlb_terms(model, noise(2, 1, 2, 2), noise(2, 1, 2, 2), 5)
+        self.assertEqual(len(calls), 4)
+
+    def test_an_output_of_the_wrong_shape_is_refused_with_the_right_one(self):
+        x = noise(2, 3, 4, 4)
+        for variance, channels in (("beta", 6), ("learned", 3), ("learned_range", 4)):
+            with self.assertRaisesRegex(ValueError, "channels"):
+                GaussianDiffusion(STEEP, variance=variance).predict(lambda x, t: torch.zeros(2, channels, 4, 4), x, 3)
+
+
+# ---------------------------------------------------------------------------------------------------- Algorithm 2: sampling
+
+
+def propagate(ref, variance, m=M, s=S):
+    """Mean and variance of Algorithm 2's x_0 with the Gaussian oracle, exactly: every step is affine (float64)."""
+    mean, var = 0.0, 1.0
+    for t in range(ref.T, 0, -1):
+        ab = ref.alpha_bar[t]
+        # eps = k x_t + c, so x_{t-1} = (x_t - w (k x_t + c)) / sqrt(alpha_t) + sigma z
+        k, w = np.sqrt(1 - ab) / (ab * s**2 + 1 - ab), ref.beta[t] / np.sqrt(1 - ab)
+        c = -k * np.sqrt(ab) * m
+        mean, var = (mean * (1 - w * k) - w * c) / np.sqrt(ref.alpha[t]), var * (1 - w * k) ** 2 / ref.alpha[t]
+        var += ref.sigma2(t, variance) if t > 1 else 0
+    return mean, var
+
+
+class Algorithm2Sampling(unittest.TestCase):
+    def test_algorithm_2_is_the_papers_line_by_line_in_float64(self):
+        r, model = Reference(STEEP), lambda x_t, t: torch.sin(x_t) * ddpm.at(torch.linspace(0, 1, 21), t)
+        for variance in ("beta", "posterior"):
+            got = GaussianDiffusion(STEEP, variance=variance).sample(model, (2, 1, 3, 3), clip=False,
+                                                                     generator=torch.Generator().manual_seed(7))
+            g = torch.Generator().manual_seed(7)
+            x = torch.randn(2, 1, 3, 3, generator=g).double()
+            for t in range(20, 0, -1):
+                z = torch.randn(2, 1, 3, 3, generator=g).double() if t > 1 else 0
+                eps = np.sin(x) * (t / 20)
+                x = (x - (1 - r.alpha[t]) / np.sqrt(1 - r.alpha_bar[t]) * eps) / np.sqrt(r.alpha[t])
+                x = x + np.sqrt(r.sigma2(t, variance)) * z
+            close(got, x, 1e-4)
+
+    def test_it_calls_the_model_at_T_to_1_and_reports_every_step(self):
+        seen, told = [], []
+
+        def model(x_t, t):
+            seen.append((tuple(t.shape), t.dtype, int(t[0])))
+            return torch.zeros_like(x_t)
+
+        x = GaussianDiffusion(STEEP).sample(model, (3, 1, 2, 2), on_step=lambda t, x_t, x_0: told.append((t, x_t, x_0)))
+        self.assertEqual(seen, [((3,), torch.int64, t) for t in range(20, 0, -1)])
+        self.assertEqual([t for t, _, _ in told], list(range(20, -1, -1)))
+        self.assertIsNone(told[0][2])
+        self.assertTrue(torch.equal(told[-1][1], x))
+
+    def test_the_last_step_adds_no_noise(self):
+        d, x = GaussianDiffusion(STEEP), noise(2, 1, 3, 3)
+        model = lambda x_t, t: 0.1 * x_t
+        one, other = d.p_sample(model, x, 1, noise=noise(2, 1, 3, 3, seed=1)), d.p_sample(model, x, 1, noise=1e3 + x)
+        self.assertTrue(torch.equal(one[0], other[0]))
+        close(one[0], one[1], 1e-6)                                         # and what it returns is the predicted x_0
+
+    def test_samples_of_the_gaussian_oracle_have_the_mean_and_variance_that_theory_propagates(self):
+        r = Reference(STEEP)
+        for variance in ("beta", "posterior"):
+            x = GaussianDiffusion(STEEP, variance=variance).sample(gaussian_eps(r.alpha_bar), (4, 1, 128, 128), clip=False,
+                                                                   generator=torch.Generator().manual_seed(1))
+            mean, var = propagate(r, variance)
+            self.assertAlmostEqual(float(x.mean()), mean, delta=5 * math.sqrt(var / x.numel()))
+            self.assertAlmostEqual(float(x.var()) / var, 1, delta=5 * math.sqrt(2 / x.numel()))
+
+    def test_the_papers_chain_of_1000_steps_returns_the_data_distribution(self):
+        mean, var = propagate(Reference(np.linspace(1e-4, 0.02, 1000)), "beta")
+        self.assertAlmostEqual(mean, M, delta=0.01)
+        self.assertAlmostEqual(math.sqrt(var), S, delta=0.01)
+
+    def test_with_a_perfect_denoiser_of_a_handful_of_points_samples_are_those_points(self):
+        points = noise(5, 1, 3, 3).clamp(-1, 1)
+        for variance in ("beta", "posterior"):
+            d = GaussianDiffusion(STEEP, variance=variance)
+            x = d.sample(points_eps(d.exact_alpha_bar, points), (200, 1, 3, 3), generator=torch.Generator().manual_seed(0))
+            distance = (x[:, None] - points).flatten(2).norm(dim=2)
+            self.assertLess(float(distance.min(1).values.max()), 1e-3)
+            self.assertEqual(len(distance.argmin(1).unique()), 5)           # each of them
+
+    def test_same_generator_same_picture_and_x_T_is_taken_when_given(self):
+        d, model = GaussianDiffusion(STEEP), lambda x_t, t: 0.5 * x_t
+        draw = lambda **options: d.sample(model, (1, 1, 4, 4), generator=torch.Generator().manual_seed(3), **options)
+        self.assertTrue(torch.equal(draw(), draw()))
+        told = []
+        draw(x_T=torch.full((1, 1, 4, 4), 9.0), on_step=lambda t, x_t, x_0: told.append(x_t))
+        self.assertEqual(float(told[0].mean()), 9)
+
+    def test_one_step_and_one_timestep_are_chains_too(self):
+        d = GaussianDiffusion([0.9999])
+        self.assertEqual(d.sample(lambda x_t, t: x_t, (2, 1, 2, 2)).shape, (2, 1, 2, 2))
+        terms = d.bits_per_dim(lambda x_t, t: x_t, torch.zeros(2, 1, 2, 2))["terms"]
+        self.assertTrue(torch.isfinite(terms).all() and terms.shape == (2, 1))
+
+    def test_figure_8_interpolates_with_one_noise_for_all_weights_and_one_t_for_both_ways(self):
+        d, seen = GaussianDiffusion(STEEP), []
+
+        def model(x_t, t):
+            seen.append(int(t[0]))
+            return 0.2 * x_t
+
+        a, b = noise(1, 3, 3, seed=1), noise(1, 3, 3, seed=2)
+        strip = d.interpolate(model, a, b, [0, 0.5, 0.5, 1], 7, generator=torch.Generator().manual_seed(0))
+        self.assertEqual(seen, [7, 6, 5, 4, 3, 2, 1])
+        self.assertTrue(torch.equal(strip[1], strip[2]))
+        # with eps = 0 each step is x / sqrt(alpha_t) + sigma z, so the mean of the ends is the middle, noise and all
+        ends = d.interpolate(lambda x_t, t: 0 * x_t, a, b, [0, 0.5, 1], 7, clip=False)
+        close((ends[0] + ends[2]) / 2, ends[1], 1e-5)
+        points = torch.stack([a, b]).clamp(-1, 1)
+        ends = d.interpolate(points_eps(d.exact_alpha_bar, points), *points, [0, 1], 4)
+        close(ends, points, 1e-3)
+
+
+# ------------------------------------------------------------------------- Sections 2, 3.3 and 4.3: the bound in bits per dim
+
+
+class Section4Likelihood(unittest.TestCase):
+    def test_the_decoder_is_eq13s_integral_also_far_in_the_tails(self):
+        def exact(x, mean, sigma):                                          # by erfc, which is exact where it is small
+            upper = lambda z: 0.5 * math.erfc(z / math.sqrt(2))             # P(Z > z)
+            lo, hi = (x - 1 / 255 - mean) / sigma, (x + 1 / 255 - mean) / sigma
+            if x < -0.999:
+                return math.log(upper(-hi))
+            if x > 0.999:
+                return math.log(upper(lo))
+            return math.log(upper(lo) - upper(hi) if lo > 0 else upper(-hi) - upper(-lo))
+
+        levels = data.to_model(torch.arange(256, dtype=torch.uint8)).double()
+        for mean, sigma in ((0.0, 0.3), (0.4, 0.0074), (-0.9, 0.05), (1.2, 0.1), (0.0, 0.06)):
+            got = GaussianDiffusion.decoder_log_likelihood(levels, torch.full((256,), mean, dtype=torch.float64),
+                                                           torch.full((256,), 2 * math.log(sigma), dtype=torch.float64))
+            for x, value in zip(levels.tolist(), got.tolist()):
+                if abs(x - mean) / sigma < 35:                              # beyond, erfc underflows; ours goes on
+                    self.assertAlmostEqual(value, exact(x, mean, sigma), delta=1e-6 * max(1, abs(value)))
+            self.assertTrue(torch.isfinite(got).all())
+            self.assertAlmostEqual(float(got.exp().sum()), 1, delta=1e-6)   # the bins share the whole line
+
+    def test_the_decoders_gradient_is_finite_everywhere(self):
+        mean = torch.tensor([-1.0, 0.0, 1.0, 50.0], requires_grad=True)
+        log_variance = torch.tensor([-10.0, 5.0, -20.0, -9.0], requires_grad=True)
+        GaussianDiffusion.decoder_log_likelihood(torch.tensor([-1.0, 0.0, 1.0, 0.5]), mean, log_variance).sum().backward()
+        self.assertTrue(torch.isfinite(mean.grad).all() and torch.isfinite(log_variance.grad).all())
+
+    def test_every_term_of_the_bound_is_what_theory_gives_for_gaussian_data(self):
+        for variance in ("beta", "posterior"):
+            d, r = GaussianDiffusion(STEEP, variance=variance), Reference(STEEP)
+            x_0 = M + S * noise(8, 1, 128, 128)
+            bits = d.bits_per_dim(gaussian_eps(r.alpha_bar), x_0, clip=False, generator=torch.Generator().manual_seed(0))
+            ab = r.alpha_bar[-1]
+            L_T = 0.5 * (ab * (S**2 + M**2) - ab - np.log(1 - ab)) / np.log(2)
+            self.assertAlmostEqual(float(bits["prior"].mean()), L_T, delta=0.05 * L_T)
+            for t in range(2, 21):
+                a, _, tilde = r.posterior(t)
+                sigma2, ab = r.sigma2(t, variance), r.alpha_bar[t]
+                spread = a**2 * S**2 * (1 - ab) / (ab * S**2 + 1 - ab)      # E (mu-tilde - mu_theta)^2
+                nats = 0.5 * (tilde / sigma2 - 1 - np.log(tilde / sigma2) + spread / sigma2)
+                self.assertAlmostEqual(float(bits["terms"][:, t - 1].mean()), nats / np.log(2), delta=0.03 * nats + 1e-4)
+            close(bits["total"], bits["prior"] + bits["terms"].sum(1))
+            self.assertEqual((bits["terms"].shape, bits["total"].shape), ((8, 20), (8,)))
+
+    def test_the_bound_approaches_the_entropy_of_known_data_from_above(self):
+        s = 0.25
+        betas = linear_beta_schedule(250, 4e-4, 0.08)
+        d = GaussianDiffusion(betas, variance="beta")
+        levels = data.to_pixels(s * noise(8, 1, 32, 32))
+        total = d.bits_per_dim(gaussian_eps(d.exact_alpha_bar, 0.0, s), data.to_model(levels), clip=False)["total"].mean()
+        entropy = math.log2(s * math.sqrt(2 * math.pi * math.e) * 255 / 2)  # of N(0, s^2) cut into bins of 2/255
+        self.assertGreater(float(total), entropy - 0.02)
+        self.assertLess(float(total), entropy + 0.25)
+
+    def test_eq12s_weights_are_what_the_bound_gives_to_the_error_of_eps(self):
+        d, r = GaussianDiffusion(STEEP, variance="posterior"), Reference(STEEP)
+        x_0, eps = noise(1, 1, 4, 4), noise(1, 1, 4, 4, seed=1)
+        for t in (2, 9, 20):
+            model = lambda x_t, t: eps + 0.1
+            weight = r.beta[t] ** 2 / (2 * r.posterior(t)[2] * r.alpha[t] * (1 - r.alpha_bar[t]))
+            got = d.vlb_terms(model, x_0, d.q_sample(x_0, t, eps), t, clip=False) * math.log(2)
+            close(got[0], weight * 0.01, 1e-4)
+
+    def test_l_T_of_the_papers_schedule_is_about_1e_5_bits(self):
+        bits = GaussianDiffusion(linear_beta_schedule()).prior_bits(torch.full((1, 1, 2, 2), 0.7))
+        self.assertTrue(5e-6 < float(bits) < 5e-5, bits)
+
+
+# ------------------------------------------------------------------------------------------- extensions, paper by paper
+
+
+class ImprovedDDPM(unittest.TestCase):
+    def test_the_cosine_schedule_is_iddpm_eq17(self):
+        for T in (1000, 50, 1):
+            f = lambda t: math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+            close(ddpm.cosine_beta_schedule(T), [min(1 - f(t) / f(t - 1), 0.999) for t in range(1, T + 1)], 1e-12)
+        clipped = ddpm.cosine_beta_schedule(1000, beta_min=1e-4, beta_max=0.02)
+        self.assertEqual((float(clipped.min()), float(clipped.max())), (1e-4, 0.02))
+        self.assertTrue(torch.isfinite(GaussianDiffusion(ddpm.cosine_beta_schedule(4000)).sqrt_alpha_bar).all())
+
+    def test_learned_range_interpolates_logarithms_from_beta_tilde_to_beta(self):
+        d, x = GaussianDiffusion(STEEP, variance="learned_range"), torch.zeros(1, 1, 1, 1)
+        for t in (2, 10, 20):
+            low, high = math.log(d.posterior_variance[t]), math.log(d.beta[t])
+            for v, expected in ((-1.0, low), (1.0, high), (0.0, (low + high) / 2), (0.5, 0.25 * low + 0.75 * high)):
+                variance = d.p_mean_variance(lambda x_t, t: torch.tensor([[[[0.0]], [[v]]]]), x, t)[1]
+                self.assertAlmostEqual(math.log(variance), expected, delta=1e-5)
+        d = GaussianDiffusion(STEEP, variance="learned")
+        self.assertAlmostEqual(float(d.p_mean_variance(lambda x_t, t: torch.tensor([[[[0.0]], [[-3.0]]]]), x, 5)[1]),
+                               math.exp(-3), delta=1e-6)
+
+    def test_the_mean_of_l_vlb_over_t_is_the_bound_without_L_T(self):
+        d = GaussianDiffusion(STEEP, variance="learned_range", loss="vlb")
+        model, x_0 = as_prediction(d, gaussian_eps(d.exact_alpha_bar), 0.3), (M + S * noise(2, 1, 8, 8)).clamp(-1, 1)
+        one = lambda t: torch.full((2,), t)
+        eps = [noise(2, 1, 8, 8, seed=t) for t in range(20)]
+        mean = torch.stack([d.training_losses(model, x_0, one(t), eps[t - 1]) for t in range(1, 21)]).mean(0)
+        terms = [d.vlb_terms(model, x_0, d.q_sample(x_0, t, eps[t - 1]), t, clip=False) for t in range(1, 21)]
+        close(mean, torch.stack(terms).sum(0), 1e-5)
+
+    def test_in_l_hybrid_the_mean_learns_from_l_simple_alone_and_the_variance_from_l_vlb_alone(self):
+        x_0, eps, t = noise(4, 1, 4, 4).clamp(-1, 1), noise(4, 1, 4, 4, seed=1), torch.tensor([1, 2, 10, 20])
+        for variance in ("learned_range", "learned"):
+            output = torch.cat([noise(4, 1, 4, 4, seed=2), noise(4, 1, 4, 4, seed=3) - 3], 1).requires_grad_()
+            gradient = {}
+            for loss in ("mse", "vlb", "hybrid"):
+                d = GaussianDiffusion(STEEP, variance=variance, loss=loss)
+                gradient[loss], = torch.autograd.grad(d.training_loss(lambda x_t, t: output, x_0, t, eps), output)
+            close(gradient["hybrid"][:, :1], gradient["mse"][:, :1], 1e-6)
+            close(gradient["hybrid"][:, 1:], 0.001 * gradient["vlb"][:, 1:], 1e-6)
+            self.assertGreater(float(gradient["hybrid"][:, 1:].abs().min()), 0)
+        with self.assertRaisesRegex(ValueError, "no gradient"):
+            GaussianDiffusion(STEEP, loss="hybrid")
+
+    def test_every_prediction_works_with_every_variance_and_every_sampler_and_gives_the_same_samples(self):
+        points = noise(4, 1, 3, 3).clamp(-0.9, 0.9)
+        shape = (6, 1, 3, 3)
+        for variance in ddpm.VARIANCES:
+            channels = {"learned_range": -0.4, "learned": -4.0}.get(variance)
+            expected = None
+            for prediction in ddpm.PREDICTIONS:
+                with self.subTest(prediction=prediction, variance=variance):
+                    d = GaussianDiffusion(STEEP, prediction, variance)
+                    model = as_prediction(d, points_eps(d.exact_alpha_bar, points), channels)
+                    short, strided = ddpm.respace(d, model, 7)
+                    seeded = lambda: torch.Generator().manual_seed(5)
+                    x_0 = points[:2]
+                    got = [d.sample(model, shape, generator=seeded()),
+                           d.sample(model, shape, clip=False, generator=seeded()),
+                           short.sample(strided, shape, generator=seeded()),
+                           d.ddim_sample(model, shape, 7, generator=seeded()),
+                           d.ddim_sample(model, shape, 20, eta=1.0, generator=seeded()),
+                           d.ddim_invert(model, x_0, 20),
+                           d.bits_per_dim(model, x_0, generator=seeded())["terms"],
+                           short.bits_per_dim(strided, x_0, generator=seeded())["terms"]]
+                    expected = expected or got
+                    for a, b in zip(got, expected, strict=True):
+                        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+    def test_a_respaced_chain_has_the_old_alpha_bar_and_shows_the_network_the_old_t(self):
+        d = GaussianDiffusion(linear_beta_schedule())
+        seen = []
+        for steps in (1, 7, 50, 999, 1000):
+            short, model = ddpm.respace(d, lambda x_t, t: seen.append(int(t[0])) or 0 * x_t, steps)
+            times = np.linspace(0, 1000, steps + 1).round().astype(int)
+            np.testing.assert_allclose(short.alpha_bar.numpy(), d.exact_alpha_bar.numpy()[times], rtol=1e-6)
+            seen.clear()
+            short.sample(model, (1, 1, 1, 1))
+            self.assertEqual(seen, times[:0:-1].tolist())
+        for steps in (0, 1001):
+            with self.assertRaisesRegex(ValueError, r"1\.\.1000"):
+                ddpm.respace(d, None, steps)
+
+    def test_a_respaced_chain_of_the_gaussian_oracle_has_the_mean_and_variance_that_theory_propagates(self):
+        betas = np.linspace(1e-4, 0.02, 1000)
+        alpha_bar = Reference(betas).alpha_bar
+        times = np.linspace(0, 1000, 26).round().astype(int)
+        for variance in ("beta", "posterior"):
+            d = GaussianDiffusion(betas, variance=variance)
+            short, model = ddpm.respace(d, gaussian_eps(alpha_bar), 25)
+            x = short.sample(model, (4, 1, 100, 100), clip=False, generator=torch.Generator().manual_seed(2))
+            mean, var = propagate(Reference(1 - alpha_bar[times[1:]] / alpha_bar[times[:-1]]), variance)
+            self.assertAlmostEqual(float(x.mean()), mean, delta=5 * math.sqrt(var / x.numel()))
+            self.assertAlmostEqual(float(x.var()) / var, 1, delta=5 * math.sqrt(2 / x.numel()))
+
+    def test_importance_sampling_draws_by_eq18_once_all_t_are_known_and_stays_unbiased(self):
+        sampler, losses = ddpm.ImportanceSampler(4, history=3), torch.tensor([8.0, 4.0, 2.0, 1.0])
+        close(sampler.probabilities(), torch.full((4,), 0.25))
+        t = torch.arange(1, 5).repeat(2)
+        sampler.update(t, losses[t - 1])
+        close(sampler.probabilities(), torch.full((4,), 0.25))              # two of three seen
+        sampler.update(t, losses[t - 1])                                    # the fourth replaces the first
+        close(sampler.probabilities(), 0.999 * losses / 15 + 0.001 / 4, 1e-6)
+        drawn, weights = sampler.draw(100_000, torch.Generator().manual_seed(0))
+        self.assertEqual((int(drawn.min()), int(drawn.max())), (1, 4))
+        self.assertAlmostEqual(float((weights * losses[drawn - 1]).mean()), float(losses.mean()), delta=0.02)
+        other = ddpm.ImportanceSampler(4, history=3)
+        other.load_state_dict(sampler.state_dict())
+        close(other.probabilities(), sampler.probabilities())
+
+
+class DDIM(unittest.TestCase):
+    def test_the_walk_starts_at_T_ends_at_0_and_is_the_rounded_linspace(self):
+        d = GaussianDiffusion(linear_beta_schedule())
+        for steps in (1, 2, 3, 10, 16, 50, 333, 999, 1000):
+            walk = d.walk(steps)
+            self.assertEqual(walk, np.round(np.linspace(0, 1000, steps + 1)).astype(int).tolist()[::-1])
+            self.assertEqual((walk[0], walk[-1], len(set(walk))), (1000, 0, steps + 1))
+
+    def test_a_step_is_ddim_eq12_with_eq16s_sigma_from_both_ends_of_the_stride(self):
+        d, r, model = GaussianDiffusion(STEEP), Reference(STEEP), lambda x_t, t: torch.sin(x_t)
+        for eta in (0.0, 0.5, 1.0):
+            got = d.ddim_sample(model, (2, 1, 3, 3), 6, eta, clip=False, generator=torch.Generator().manual_seed(1))
+            g = torch.Generator().manual_seed(1)
+            x, walk = torch.randn(2, 1, 3, 3, generator=g).double(), np.round(np.linspace(0, 20, 7)).astype(int)[::-1]
+            for t, s in itertools.pairwise(walk):
+                ab_t, ab_s, eps = r.alpha_bar[t], r.alpha_bar[s], torch.sin(x)
+                sigma = eta * np.sqrt((1 - ab_s) / (1 - ab_t)) * np.sqrt(1 - ab_t / ab_s)
+                x_0 = (x - np.sqrt(1 - ab_t) * eps) / np.sqrt(ab_t)
+                x = np.sqrt(ab_s) * x_0 + np.sqrt(1 - ab_s - sigma**2) * eps
+                if sigma > 0:
+                    x = x + sigma * torch.randn(2, 1, 3, 3, generator=g).double()
+            close(got, x, 1e-4)
+
+    def test_with_eta_1_and_all_steps_it_is_algorithm_2_with_the_posteriors_variance(self):
+        d, model = GaussianDiffusion(STEEP, variance="posterior"), lambda x_t, t: torch.tanh(x_t)
+        a = d.ddim_sample(model, (2, 1, 4, 4), 20, 1.0, generator=torch.Generator().manual_seed(4))
+        close(a, d.sample(model, (2, 1, 4, 4), generator=torch.Generator().manual_seed(4)), 1e-4)
+
+    def test_with_eta_0_it_converges_to_the_odes_map_which_is_known_for_gaussian_data(self):
+        d, x_T = GaussianDiffusion(linear_beta_schedule()), noise(1, 1, 8, 8).double()
+        ab, errors = float(d.exact_alpha_bar[-1]), []
+        exact = M + S * (x_T - math.sqrt(ab) * M) / math.sqrt(ab * S**2 + 1 - ab)
+        for steps in (50, 100, 200):
+            x_0 = d.ddim_sample(gaussian_eps(d.exact_alpha_bar), x_T.shape, steps, x_T=x_T.float(), clip=False)
+            errors.append(float((x_0 - exact).abs().max()))
+        self.assertLess(errors[2], 0.03)
+        self.assertTrue(errors[0] > 1.6 * errors[1] > 2.5 * errors[2], errors)     # first order: half the stride, half the error
+
+    def test_inversion_finds_the_x_T_that_an_image_comes_from(self):
+        d = GaussianDiffusion(linear_beta_schedule())
+        model, x_0, errors = gaussian_eps(d.exact_alpha_bar), M + S * noise(1, 1, 8, 8), []
+        for steps in (100, 400):
+            x_T = d.ddim_invert(model, x_0, steps)
+            errors.append(float((d.ddim_sample(model, x_0.shape, steps, x_T=x_T, clip=False) - x_0).abs().max()))
+        self.assertLess(errors[1], 0.02)
+        self.assertLess(errors[1], errors[0] / 2.5)
+        ab = float(d.exact_alpha_bar[-1])
+        close(x_T, math.sqrt(ab) * M + math.sqrt(ab * S**2 + 1 - ab) * (x_0 - M) / S, 0.03)
+
+    def test_it_reports_as_algorithm_2_does_and_refuses_what_it_cannot_do(self):
+        d, told = GaussianDiffusion(STEEP), []
+        d.ddim_sample(lambda x_t, t: 0 * x_t, (1, 1, 1, 1), 4, on_step=lambda t, x_t, x_0: told.append((t, x_0 is None)))
+        self.assertEqual(told, [(20, True), (15, False), (10, False), (5, False), (0, False)])
+        for steps, eta, said in ((0, 0, "steps"), (21, 0, "steps"), (5, 1.5, "eta"), (5, -0.1, "eta"), (5, float("nan"), "eta")):
+            with self.assertRaisesRegex(ValueError, said):
+                d.ddim_sample(None, (1, 1, 1, 1), steps, eta)
+
+    def test_slerp_keeps_to_the_sphere_and_ends_where_it_should(self):
+        a, b = noise(1, 8, 8, seed=1), noise(1, 8, 8, seed=2)
+        b = b * a.norm() / b.norm()
+        arc = ddpm.slerp(a, b, torch.linspace(0, 1, 5))
+        close(arc[0], a)
+        close(arc[4], b)
+        close(arc.flatten(1).norm(dim=1), a.norm().expand(5), 1e-4)
+        close(ddpm.slerp(a, a, [0.3])[0], a)
+
+
+class Guidance(unittest.TestCase):
+    def setUp(self):
+        self.d = GaussianDiffusion(linear_beta_schedule())
+        self.means, self.ab = torch.tensor([-0.5, 0.5]), self.d.exact_alpha_bar
+
+    def network(self, x_t, t, y):
+        """Class c is N(means[c], S^2); label 2 is "no label", which stands for N(0, 1) here."""
+        per_class = [gaussian_eps(self.ab, -0.5), gaussian_eps(self.ab, 0.5), gaussian_eps(self.ab, 0.0, 1.0)]
+        return torch.stack([per_class[int(c)](x[None], s[None])[0] for x, s, c in zip(x_t, t, y, strict=True)])
+
+    def test_scale_0_is_unconditional_1_conditional_and_3_is_three_times_the_way(self):
+        x, t, y = noise(3, 1, 2, 2), torch.tensor([5, 500, 1000]), torch.tensor([0, 1, 0])
+        conditional, unconditional = self.network(x, t, y), self.network(x, t, torch.full((3,), 2))
+        for scale in (0.0, 1.0, 3.0):
+            got = ddpm.classifier_free_guidance(self.network, y, scale, 2)(x, t)
+            close(got, unconditional + scale * (conditional - unconditional), 1e-5)
+        close(ddpm.classifier_free_guidance(self.network, y[:1], 3.0, 2)(x[:1], t[:1]), got[:1], 1e-5)     # a batch of one
+
+    def test_it_is_one_call_on_a_doubled_batch_and_leaves_the_variance_channels_conditional(self):
+        calls = []
+
+        def network(x_t, t, y):
+            calls.append(len(x_t))
+            return torch.cat([x_t * y[:, None, None, None], 10.0 + 0 * x_t + y[:, None, None, None]], dim=1)
+
+        x = noise(2, 1, 2, 2)
+        out = ddpm.classifier_free_guidance(network, torch.tensor([1, 2]), 3.0, 5)(x, torch.tensor([1, 1]))
+        self.assertEqual(calls, [4])
+        close(out[:, 1:].mean((1, 2, 3)), [11, 12])
+        close(out[0, :1], x[0] * (5 + 3 * (1 - 5)), 1e-5)
+
+    def test_guidance_between_two_gaussians_samples_a_gaussian_with_the_mean_that_theory_gives(self):
+        # N(m, s^2) guided away from N(0, 1): the score is linear, so the ODE from x_T stays affine; propagate it
+        scale, walk, mean, factor = 2.0, self.d.walk(100), 0.0, 1.0
+        for t, s in itertools.pairwise(walk):
+            ab_t, ab_s = (float(self.ab[k]) for k in (t, s))
+            k = c = 0.0
+            for weight, m, sd in ((scale, 0.5, S), (1 - scale, 0.0, 1.0)):
+                slope = math.sqrt(1 - ab_t) / (ab_t * sd**2 + 1 - ab_t)
+                k, c = k + weight * slope, c - weight * slope * math.sqrt(ab_t) * m
+            keep, move = math.sqrt(ab_s / ab_t), math.sqrt(1 - ab_s) - math.sqrt(ab_s / ab_t * (1 - ab_t))
+            mean, factor = keep * mean + move * (k * mean + c), factor * (keep + move * k)
+        guided = lambda x_t, t: (scale * gaussian_eps(self.ab, 0.5)(x_t, t) + (1 - scale) * gaussian_eps(self.ab, 0.0, 1.0)(x_t, t))
+        x_T = noise(1, 1, 50, 50)
+        expected = mean + factor * x_T
+        network = lambda x_t, t, y: torch.where((y == 2)[:, None, None, None], gaussian_eps(self.ab, 0.0, 1.0)(x_t, t),
+                                                gaussian_eps(self.ab, 0.5)(x_t, t))
+        model = ddpm.classifier_free_guidance(network, torch.tensor([1]), scale, 2)
+        close(self.d.ddim_sample(model, x_T.shape, 100, x_T=x_T, clip=False), expected, 1e-3)
+        close(guided(x_T, torch.tensor([500])), model(x_T, torch.tensor([500])), 1e-5)
+        self.assertGreater(mean, 0.6)                                       # pushed beyond the class mean
+
+    def test_classifier_guidance_with_the_exact_classifier_gives_the_exact_conditional_model(self):
+        # one pixel, two classes N(-0.5, S^2) and N(0.5, S^2): the mixture's eps plus the classifier's shift is the class's eps
+        def log_densities(x_t, t):
+            ab = self.ab.float()[t][:, None]
+            var = ab * S**2 + 1 - ab
+            return -((x_t.flatten(1) - ab.sqrt() * self.means) ** 2) / (2 * var) - 0.5 * var.log()
+
+        def mixture(x_t, t):
+            w = torch.softmax(log_densities(x_t, t), 1)[:, :, None, None, None]
+            return w[:, 0] * gaussian_eps(self.ab, -0.5)(x_t, t) + w[:, 1] * gaussian_eps(self.ab, 0.5)(x_t, t)
+
+        log_prob = lambda x_t, t: torch.log_softmax(log_densities(x_t, t), 1)[:, 1]
+        x, t = noise(5, 1, 1, 1), torch.tensor([1, 50, 300, 700, 1000])
+        for prediction in ddpm.PREDICTIONS:
+            d = GaussianDiffusion(linear_beta_schedule(), prediction)
+            model = ddpm.classifier_guidance(d, as_prediction(d, mixture), log_prob, 1.0)
+            with torch.inference_mode():
+                eps, _ = d.predict(model, x, t, clip=False)
+            torch.testing.assert_close(eps, gaussian_eps(self.ab, 0.5)(x, t), rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- Appendix B: the network
+
+
+class AppendixBNetwork(unittest.TestCase):
+    def test_with_the_papers_settings_it_has_the_papers_number_of_parameters(self):
+        with torch.device("meta"):
+            net = unet.UNet(in_channels=3, image_size=32, patch=1, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
+                            attention=(16,), dropout=0.1)
+        self.assertEqual(sum(p.numel() for p in net.parameters()), 35_746_307)
+
+    def test_any_size_and_channels_go_in_and_come_out(self):
+        for options in ({}, {"patch": 1, "channels": 8}, {"patch": 4, "channels": 12, "multipliers": (1, 2, 3)},
+                        {"learned_resampling": False}):
+            net = unet.UNet(**options).eval()
+            for H, W in ((28, 28), (32, 32), (17, 30), (1, 1), (3, 2)):
+                self.assertEqual(net(torch.randn(2, 1, H, W), torch.tensor([0, 4000])).shape, (2, 1, H, W))
+        self.assertEqual(unet.UNet(3, 6)(torch.randn(1, 3, 9, 9), torch.tensor([1])).shape, (1, 6, 9, 9))
+
+    def test_it_starts_at_zero_and_every_parameter_gets_a_gradient(self):
+        for options in ({}, {"convnext": True}, {"scale_shift": True}, {"attention": (14, 7), "heads": 2}, {"num_classes": 3},
+                        {"learned_resampling": False}):
+            with self.subTest(**options):
+                torch.manual_seed(0)
+                net, t = unet.UNet(channels=16, **options), torch.tensor([1, 900])
+                y = torch.tensor([0, 3]) if options.get("num_classes") else None
+                x = torch.randn(2, 1, 28, 28)
+                self.assertEqual(float(net(x, t, y).abs().max()), 0)
+                for p in net.parameters():                                  # off the zero start, where gradients would stop
+                    torch.nn.init.normal_(p, std=0.1)
+                net(x, t, y).square().mean().backward()
+                self.assertEqual([n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0], [])
+
+    def test_the_output_depends_on_t_and_on_the_label(self):
+        torch.manual_seed(0)
+        net = unet.UNet(channels=16, num_classes=3)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        x = torch.randn(1, 1, 28, 28)
+        out = lambda t, y: net(x, torch.tensor([t]), None if y is None else torch.tensor([y]))
+        self.assertGreater(float((out(1, 0) - out(2, 0)).abs().max()), 1e-4)
+        self.assertGreater(float((out(1, 0) - out(1, 1)).abs().max()), 1e-4)
+        self.assertTrue(torch.equal(out(1, 3), out(1, None)))
+        fresh = unet.UNet(num_classes=3).embedding.labels.weight
+        self.assertEqual(float(fresh[-1].abs().max()), 0)
+        with self.assertRaisesRegex(ValueError, "without classes"):
+            unet.UNet()(x, torch.tensor([1]), torch.tensor([0]))
+
+    def test_attention_stands_at_the_sizes_asked_for(self):
+        count = lambda **o: sum(isinstance(m, unet.Attention) for m in unet.UNet(blocks=2, **o).modules())
+        middle = count()
+        self.assertEqual(count(attention=(14,)) - middle, 2 + 3)
+        self.assertEqual(count(attention=(7, 14)) - middle, 2 * (2 + 3))
+        self.assertEqual(count(patch=1, attention=(7,)) - middle, 0)         # feature maps of 28 and 14
+
+    def test_checkpointing_changes_memory_and_nothing_else(self):
+        x, t, gradients = torch.randn(2, 1, 28, 28), torch.tensor([3, 30]), []
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            net = unet.UNet(channels=16, checkpointing=checkpointing)
+            (net(x, t) - x).square().mean().backward()
+            gradients.append([p.grad for p in net.parameters()])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_the_embedding_of_t_is_sines_and_cosines_and_tells_all_t_apart(self):
+        emb = unet.timestep_embedding(torch.arange(0, 1001), 32)
+        frequencies = 10000 ** (-np.arange(16) / 15)
+        angles = np.arange(1001)[:, None] * frequencies
+        np.testing.assert_allclose(emb.numpy(), np.concatenate([np.sin(angles), np.cos(angles)], 1), atol=1e-4)
+        self.assertGreater(float(torch.cdist(emb, emb).fill_diagonal_(9).min()), 1e-3)
+        self.assertEqual(unet.timestep_embedding(torch.tensor([1]), 7).shape, (1, 7))
+
+    def test_one_batch_can_be_overfitted(self):
+        torch.manual_seed(0)
+        d, net = GaussianDiffusion(linear_beta_schedule()), unet.UNet(channels=16)
+        x_0, t, eps = torch.rand(8, 1, 14, 14) * 2 - 1, torch.randint(1, 1001, (8,)), torch.randn(8, 1, 14, 14)
+        optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+        for _ in range(250):
+            optimizer.zero_grad()
+            loss = d.training_loss(net, x_0, t, eps)
+            loss.backward()
+            optimizer.step()
+        self.assertLess(float(loss), 0.05)
+
+    def test_dropout_is_off_while_sampling(self):
+        net = unet.UNet(channels=16, dropout=0.5)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        x, t = torch.randn(1, 1, 8, 8), torch.tensor([5])
+        self.assertFalse(torch.equal(net(x, t), net(x, t)))
+        self.assertTrue(torch.equal(net.eval()(x, t), net(x, t)))
+
+    def test_the_classifier_is_the_left_half_with_a_head_and_every_part_learns(self):
+        net = unet.NoisyClassifier(unet.UNet(channels=16), 10)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        out = net(torch.randn(2, 1, 28, 28), torch.tensor([0, 1000]))
+        self.assertEqual(out.shape, (2, 10))
+        out.square().mean().backward()
+        self.assertEqual([n for n, p in net.named_parameters() if p.grad is None], [])
