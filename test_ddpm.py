@@ -885,3 +885,401 @@ class AppendixBNetwork(unittest.TestCase):
         self.assertEqual(out.shape, (2, 10))
         out.square().mean().backward()
         self.assertEqual([n for n, p in net.named_parameters() if p.grad is None], [])
+
+
+# ---------------------------------------------------------------------------------------------------------- data and files
+
+
+def idx(array, code=8):
+    """The bytes of an IDX file."""
+    header = bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    return header + array.astype(data.IDX_TYPES[code]).tobytes()
+
+
+def decode_png(content):
+    """PNG and APNG files, read by the rules of the format: the frames, each (H, W, C), after every checksum was compared."""
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, at = [], 8
+    while at < len(content):
+        size, kind = struct.unpack(">I4s", content[at:at + 8])
+        body, crc = content[at + 8:at + 8 + size], struct.unpack(">I", content[at + 8 + size:at + 12 + size])[0]
+        assert crc == zlib.crc32(kind + body), kind
+        chunks.append((kind, body))
+        at += 12 + size
+    W, H, depth, colour, *rest = struct.unpack(">IIBBBBB", dict(chunks)[b"IHDR"])
+    assert (depth, rest) == (8, [0, 0, 0]) and chunks[0][0] == b"IHDR" and chunks[-1] == (b"IEND", b"")
+    C = {0: 1, 2: 3}[colour]
+    sequence = [struct.unpack(">I", body[:4])[0] for kind, body in chunks if kind in (b"fcTL", b"fdAT")]
+    assert sequence == list(range(len(sequence)))
+    frames = []
+    for kind, body in chunks:
+        if kind in (b"IDAT", b"fdAT"):
+            rows = np.frombuffer(zlib.decompress(body if kind == b"IDAT" else body[4:]), np.uint8).reshape(H, 1 + W * C)
+            assert not rows[:, 0].any()
+            frames.append(rows[:, 1:].reshape(H, W, C))
+    if len(frames) > 1:
+        assert struct.unpack(">II", dict(chunks)[b"acTL"]) == (len(frames), 0)
+    return frames
+
+
+class InTemporaryFolder(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def path(self, name, content=None):
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        return path
+
+
+class Pixels(InTemporaryFolder):
+    def test_all_256_levels_survive_the_way_to_the_model_and_back(self):
+        levels = torch.arange(256, dtype=torch.uint8)
+        self.assertTrue(torch.equal(data.to_pixels(data.to_model(levels)), levels))
+        close(data.to_model(levels), 2 * levels.double() / 255 - 1, 1e-6)
+        self.assertEqual(data.to_pixels(torch.tensor([-9.0, 9.0])).tolist(), [0, 255])
+        truncated = ((data.to_model(levels) + 1) * 127.5).to(torch.uint8)
+        self.assertGreater(int((truncated != levels).sum()), 0)             # why to_pixels rounds
+
+    def test_a_grid_is_row_by_row_in_every_format(self):
+        images = torch.randint(0, 256, (5, 1, 3, 4), dtype=torch.uint8)
+        expected = np.zeros((6, 12), np.uint8)
+        for k in range(5):
+            expected[k // 3 * 3:k // 3 * 3 + 3, k % 3 * 4:k % 3 * 4 + 4] = images[k, 0]
+        for name, columns in (("a.pgm", None), ("a.pgm", 3)):
+            data.save_image(self.path(name), images, columns)
+            self.assertEqual(self.path(name).read_bytes(), b"P5\n12 6\n255\n" + expected.tobytes())
+        data.save_image(self.path("a.png"), images)
+        self.assertTrue((decode_png(self.path("a.png").read_bytes())[0][:, :, 0] == expected).all())
+        colour = torch.randint(0, 256, (1, 3, 2, 2), dtype=torch.uint8)
+        data.save_image(self.path("a.ppm"), data.to_model(colour))
+        pixels = colour[0].permute(1, 2, 0).numpy()
+        self.assertEqual(self.path("a.ppm").read_bytes(), b"P6\n2 2\n255\n" + pixels.tobytes())
+        data.save_image(self.path("b.PNG"), colour)
+        self.assertTrue((decode_png(self.path("b.PNG").read_bytes())[0] == pixels).all())
+        self.assertEqual(sorted(p.name for p in self.folder.iterdir()), ["a.pgm", "a.png", "a.ppm", "b.PNG"])
+
+    def test_pictures_that_cannot_be_are_refused_and_nothing_is_left(self):
+        grey, colour = torch.zeros(1, 1, 2, 2), torch.zeros(1, 3, 2, 2)
+        for name, images in (("a.jpg", grey), ("a.pgm", colour), ("a.png", torch.zeros(1, 2, 2, 2)), ("a.png", grey[:0])):
+            with self.assertRaises(ValueError):
+                data.save_image(self.path(name), images)
+        with self.assertRaises(OSError):
+            data.save_image(self.path("none") / "deep" / "a.png", grey)
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_a_movie_is_an_animated_png_with_every_frame(self):
+        frames = [torch.full((4, 1, 2, 2), 50 * k, dtype=torch.uint8) for k in range(4)]
+        data.save_movie(self.path("m.png"), frames)
+        decoded = decode_png(self.path("m.png").read_bytes())
+        self.assertEqual([int(f.max()) for f in decoded], [0, 50, 100, 150])
+        self.assertEqual(decoded[0].shape, (4, 4, 1))
+
+    def test_a_full_disk_leaves_the_older_file_and_no_half_of_a_new_one(self):
+        path = self.path("a.png", b"old")
+
+        class Full(io.BytesIO):
+            def write(self, content):
+                raise OSError(28, "No space left on device")
+
+        with mock.patch("builtins.open", lambda *a: Full()), self.assertRaisesRegex(OSError, "No space left on device.*a.png"):
+            data.save_image(path, torch.zeros(1, 1, 2, 2))
+        self.assertEqual([p.read_bytes() for p in self.folder.iterdir()], [b"old"])
+
+
+class ReadingFiles(InTemporaryFolder):
+    def test_idx_files_of_every_type_plain_or_gzipped_are_read(self):
+        for code, dtype in data.IDX_TYPES.items():
+            array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+            for content in (idx(array, code), gzip.compress(idx(array, code))):
+                got = data.read_idx(self.path("x", content))
+                np.testing.assert_array_equal(got, array)
+                self.assertTrue(got.dtype.isnative and got.flags.writeable)
+
+    def test_a_damaged_idx_file_is_refused_with_its_name(self):
+        good = idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
+        bad = {"empty": b"", "magic": b"\1" + good[1:], "type": good[:2] + b"\7" + good[3:], "cut header": good[:10],
+               "cut short": good[:-1], "goes on": good + b"x", "no dimensions": bytes([0, 0, 8, 0]),
+               "announces": good[:4] + b"\xff" * 12 + good[16:], "more than": good[:4] + struct.pack(">3I", 2, 3, 10**6) + good[16:],
+               "cut gzip": gzip.compress(good)[:-9], "gzip checksum": gzip.compress(good)[:-8] + b"12345678",
+               "directory": None}
+        for name, content in bad.items():
+            with self.subTest(name), self.assertRaisesRegex((ValueError, OSError), "some-file"):
+                if content is None:
+                    self.path("some-file").unlink()
+                    self.path("some-file").mkdir()
+                    data.read_idx(self.folder / "some-file")
+                else:
+                    data.read_idx(self.path("some-file", content))
+
+    def test_a_gzip_bomb_is_left_at_what_its_header_can_justify(self):
+        bomb = gzip.compress(idx(np.zeros((2, 2), np.uint8)) + bytes(2**28))
+        path, read = self.path("bomb", bomb), []
+        with mock.patch.object(gzip.GzipFile, "read", lambda self, n, read=read, real=gzip.GzipFile.read: read.append(n) or real(self, n)):
+            with self.assertRaisesRegex(ValueError, "goes on"):
+                data.read_idx(path)
+        self.assertLess(sum(read), 100)
+
+    def mutations(self, name, content, load, rounds):
+        """Random damage ends in the loaded data or in a ValueError that names the file, never in anything else."""
+        rng, outcomes = random.Random(name), {"loaded": 0, "refused": 0}
+        for _ in range(rounds * (20 if LONG else 1)):
+            damaged = bytearray(content)
+            for _ in range(rng.choice((1, 1, 2, 8))):
+                at = rng.randrange(min(len(damaged), rng.choice((16, 128, 10**9))))
+                kind = rng.randrange(5)
+                if kind == 0:
+                    damaged[at] = rng.randrange(256)
+                elif kind == 1:
+                    damaged[at] ^= 1 << rng.randrange(8)
+                elif kind == 2:
+                    del damaged[at:at + rng.randrange(1, 20)]
+                elif kind == 3:
+                    damaged[at:at] = rng.randbytes(rng.randrange(1, 20))
+                else:
+                    del damaged[at:]
+                damaged = damaged or bytearray(b"\0")
+            path = self.path(name, bytes(damaged))
+            try:
+                load(path)
+                outcomes["loaded"] += 1
+            except ValueError as error:
+                self.assertIn(name, str(error))
+                outcomes["refused"] += 1
+        self.assertGreater(outcomes["refused"], rounds // 4)
+        if LONG:
+            print(f"mutations of {name}: {outcomes}, seed {name!r}")
+
+    def test_whatever_is_done_to_a_data_file_it_is_read_or_refused_by_name(self):
+        array = np.random.default_rng(0).integers(0, 256, (3, 5, 5), np.uint8)
+        self.mutations("plain-idx", idx(array), data.read_idx, 300)
+        self.mutations("gzip-idx", gzip.compress(idx(array)), data.read_idx, 300)
+        npy = io.BytesIO()
+        np.save(npy, array)
+        self.mutations("array.npy", npy.getvalue(), lambda path: data.load_dataset(str(path)), 300)
+        self.mutations("cifar.tar.gz", gzip.compress(self.cifar()), data.read_cifar10, 150)
+        self.mutations("cifar.tar", self.cifar(), data.read_cifar10, 150)
+
+    def cifar(self, n=2, extra=()):
+        """A small archive of CIFAR-10's layout."""
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as archive:
+            for k, name in enumerate([f"data_batch_{k}.bin" for k in range(1, 6)] + ["test_batch.bin"]):
+                records = b"".join(bytes([(k + i) % 10]) + bytes([k] * 1024 + [i] * 1024 + [7] * 1024) for i in range(n))
+                member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+                member.size = len(records)
+                archive.addfile(member, io.BytesIO(records))
+            for member in extra:
+                archive.addfile(member)
+        return content.getvalue()
+
+    def test_cifar10s_binary_archive_is_read_in_memory_with_nothing_extracted(self):
+        link = tarfile.TarInfo("cifar-10-batches-bin/../../evil")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        path = self.path("c.tar.gz", gzip.compress(self.cifar(extra=[link])))
+        images, labels = data.read_cifar10(path, "train")
+        self.assertEqual((images.shape, images.dtype), ((10, 3, 32, 32), np.uint8))
+        self.assertEqual(labels.tolist(), [0, 1, 1, 2, 2, 3, 3, 4, 4, 5])
+        self.assertEqual([int(images[3, c].max()) for c in range(3)], [1, 1, 7])
+        self.assertEqual(data.read_cifar10(path, "test")[1].tolist(), [5, 6])
+        self.assertEqual([p.name for p in self.folder.iterdir()], ["c.tar.gz"])
+        with self.assertRaisesRegex(ValueError, "MD5"):
+            data.read_cifar10(path, "test", "0" * 32)
+        tar = bytearray(self.cifar())
+        tar[512] = 10                                                       # the first label
+        with self.assertRaisesRegex(ValueError, "label of 10"):
+            data.read_cifar10(self.path("c.tar", bytes(tar)))
+        swapped = self.cifar().replace(b"test_batch.bin", b"tist_batch.bin")
+        with self.assertRaisesRegex(ValueError, "no CIFAR-10|damaged"):
+            data.read_cifar10(self.path("c.tar", swapped), "test")
+
+    def save(self, name, array):
+        np.save(self.path(name), array, allow_pickle=True)
+        return str(self.path(name))
+
+    def test_npy_files_come_in_every_layout_with_labels_and_test_split_beside_them(self):
+        for shape, expected in (((4, 5, 6), (4, 1, 5, 6)), ((4, 5, 6, 1), (4, 1, 5, 6)), ((4, 5, 6, 3), (4, 3, 5, 6)),
+                                ((4, 3, 5, 6), (4, 3, 5, 6)), ((4, 1, 5, 6), (4, 1, 5, 6))):
+            array = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+            images, labels = data.load_dataset(self.save("x.npy", array))
+            self.assertEqual((tuple(images.shape), images.dtype, labels.tolist()), (expected, torch.uint8, [0] * 4))
+            self.assertEqual(int(images[1, 0, 2, 3]), int(array.reshape(4, 5, 6)[1, 2, 3] if array.size == 120 else
+                             array[1, 2, 3, 0] if shape[3] == 3 else array[1, 0, 2, 3]))
+        self.save("x.labels.npy", np.array([3, 1, 0, 2], np.uint8))
+        self.save("x.test.npy", np.zeros((2, 1, 5, 6), np.uint8))
+        self.assertEqual(data.load_dataset(str(self.path("x.npy")))[1].tolist(), [3, 1, 0, 2])
+        self.assertEqual(len(data.load_dataset(str(self.path("x.npy")), "test")[0]), 2)
+
+    def test_npy_files_that_are_something_else_are_refused_and_never_unpickled(self):
+        class Bomb:
+            def __reduce__(self):
+                return os.mkdir, (str(path_of_bomb),)
+
+        path_of_bomb = self.folder / "exploded"
+        good = np.zeros((2, 3, 3), np.uint8)
+        for name, array in (("float", good.astype(np.float32)), ("flat", good[0, 0]), ("five channels", np.zeros((2, 5, 3, 5), np.uint8)),
+                            ("none", good[:0]), ("pickle", np.array([Bomb()], object))):
+            with self.subTest(name), self.assertRaisesRegex(ValueError, "x.npy"):
+                data.load_dataset(self.save("x.npy", array))
+        self.assertFalse(path_of_bomb.exists())
+        path = self.save("x.npy", good)
+        for labels in (np.zeros(3, np.int64), np.zeros(2), np.array([-1, 0]), np.array([0, 10**9])):
+            self.save("x.labels.npy", labels)
+            with self.assertRaisesRegex(ValueError, "x.labels.npy"):
+                data.load_dataset(path)
+
+    def test_unknown_names_and_splits_are_refused_with_the_known_ones(self):
+        with self.assertRaisesRegex(ValueError, "fashion-mnist, mnist, cifar10"):
+            data.load_dataset("imagenet")
+        with self.assertRaisesRegex(ValueError, "train or test"):
+            data.load_dataset("mnist", "validation")
+
+    @unittest.skipUnless(FASHION.is_dir(), "needs the package dataset-fashion-mnist")
+    def test_the_real_fashion_mnist_is_read_in_a_second_and_is_what_it_should_be(self):
+        began = time.monotonic()
+        images, labels = data.load_dataset("fashion-mnist", root=self.folder)
+        self.assertLess(time.monotonic() - began, 5)
+        self.assertEqual((images.shape, images.dtype, labels.dtype), ((60000, 1, 28, 28), torch.uint8, torch.int64))
+        self.assertEqual(torch.bincount(labels).tolist(), [6000] * 10)
+        self.assertEqual(data.DATASETS["fashion-mnist"].classes[int(labels[0])], "Ankle boot")
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """A mirror of any behaviour: behaviours maps a path's first part to what happens to files[last part]."""
+
+    def do_GET(self):
+        behaviour, name = self.path.strip("/").split("/")
+        content = self.server.files.get(name, b"")
+        self.server.requests.append(behaviour)
+        if behaviour in ("404", "500"):
+            return self.send_error(int(behaviour))
+        if behaviour == "redirect":
+            self.send_response(302)
+            self.send_header("Location", f"/good/{name}")
+            return self.end_headers()
+        self.send_response(200)
+        if behaviour != "endless":
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            if behaviour == "cut":
+                self.wfile.write(content[:len(content) // 2])
+            elif behaviour == "stall":
+                self.wfile.write(content[:10])
+                self.server.released.wait(20)
+            elif behaviour == "slow":
+                for k in range(0, len(content), 64):
+                    self.wfile.write(content[k:k + 64])
+                    time.sleep(0.005)
+            elif behaviour == "endless":
+                while not self.server.released.is_set():
+                    self.wfile.write(bytes(2**16))
+            elif behaviour == "wrong":
+                self.wfile.write(content[:-9] + b"x" * 9)
+            else:
+                self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+class Downloading(InTemporaryFolder):
+    def setUp(self):
+        super().setUp()
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+        self.server.released, self.server.requests = threading.Event(), []
+        array = np.random.default_rng(0).integers(0, 256, (9, 8, 8), np.uint8)
+        contents = {"images": idx(array), "labels": idx(np.arange(9, dtype=np.uint8))}
+        self.server.files = {f"{name}.gz": gzip.compress(content) for name, content in contents.items()}
+        self.files = {"train": tuple((name, hashlib.sha256(content).hexdigest()) for name, content in contents.items())}
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(self.server.shutdown)
+        self.addCleanup(self.server.released.set)
+        for patch in (mock.patch.object(data, "TIMEOUT", 0.5), mock.patch("sys.stdout", io.StringIO()),
+                      mock.patch("sys.stderr", io.StringIO())):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def mirrors(self, *behaviours):
+        return tuple(f"http://127.0.0.1:{self.server.server_address[1]}/{behaviour}/" for behaviour in behaviours)
+
+    def load(self, *behaviours, folders=(), package=""):
+        tiny = data.Dataset(tuple("012345678"), self.mirrors(*behaviours), self.files, folders, package)
+        with mock.patch.dict(data.DATASETS, {"tiny": tiny}):
+            return data.load_dataset("tiny", root=self.folder)
+
+    def left(self):
+        return sorted(p.name for p in self.folder.rglob("*") if p.is_file())
+
+    def test_a_good_mirror_serves_the_files_once_and_they_are_found_the_next_time(self):
+        images, labels = self.load("good")
+        self.assertEqual((images.shape, labels.tolist()), ((9, 1, 8, 8), list(range(9))))
+        self.load("404")
+        self.assertEqual(self.server.requests, ["good", "good"])
+        self.assertEqual(self.left(), ["images.gz", "labels.gz"])
+
+    def test_every_bad_mirror_is_passed_over_for_the_next_and_leaves_nothing(self):
+        for bad in ("404", "500", "cut", "wrong", "stall", "slow", "redirect"):
+            with self.subTest(bad):
+                for path in self.folder.rglob("*.gz"):
+                    path.unlink()
+                self.assertEqual(len(self.load(bad, "good")[0]), 9)
+                self.assertEqual(self.left(), ["images.gz", "labels.gz"])
+
+    def test_a_body_without_an_end_is_cut_off_at_the_limit(self):
+        with self.assertRaisesRegex(ValueError, "not the file"):
+            data.fetch(self.mirrors("endless")[0] + "images.gz", self.folder / "images.gz", data.read_idx, limit=10**6)
+        self.assertEqual(self.left(), [])
+
+    def test_when_nothing_works_the_error_names_every_place_and_the_ways_out(self):
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            dead = f"http://127.0.0.1:{closed.getsockname()[1]}/"
+        tiny = data.Dataset((), (*self.mirrors("404", "cut"), dead), self.files, ("/nowhere/tiny",), "dataset-tiny")
+        with mock.patch.dict(data.DATASETS, {"tiny": tiny}), self.assertRaises(ValueError) as caught:
+            data.load_dataset("tiny", root=self.folder)
+        for said in ("404", "cut off", dead, "/nowhere/tiny", "dataset-tiny", "--data-dir", str(self.folder)):
+            self.assertIn(said, str(caught.exception))
+        self.assertNotIn("\n", str(caught.exception))
+        self.assertEqual(self.left(), [])
+
+    def test_a_damaged_file_in_the_data_folder_is_reported_and_fetched_again(self):
+        self.path("tiny/images.gz", b"half a file")
+        self.load("good")
+        self.assertRegex(sys.stderr.getvalue(), "not used: .*images.gz")
+        self.assertEqual(data.read_idx(self.folder / "tiny" / "images.gz").shape, (9, 8, 8))
+
+    def test_a_system_packages_folder_and_unpacked_files_are_used_before_the_web(self):
+        self.path("package/images.gz", self.server.files["images.gz"])
+        self.path("tiny/labels", gzip.decompress(self.server.files["labels.gz"]))
+        self.assertEqual(len(self.load("good", folders=(str(self.folder / "package"),))[0]), 9)
+        self.assertEqual(self.server.requests, [])
+
+    def test_two_processes_that_download_at_once_do_no_harm(self):
+        code = (f"import data; data.DATASETS['tiny'] = data.Dataset((), {self.mirrors('slow')!r}, {self.files!r}); "
+                f"assert len(data.load_dataset('tiny', root={str(self.folder)!r})[0]) == 9")
+        both = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.DEVNULL) for _ in range(2)]
+        self.assertEqual([process.wait(60) for process in both], [0, 0])
+        self.assertEqual(self.left(), ["images.gz", "labels.gz"])
+
+    def test_ctrl_c_in_the_middle_of_a_download_leaves_nothing(self):
+        code = (f"import data; data.DATASETS['tiny'] = data.Dataset((), {self.mirrors('stall')!r}, {self.files!r}); "
+                f"data.load_dataset('tiny', root={str(self.folder)!r})")
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while not self.server.requests and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        self.assertNotEqual(process.wait(20), 0)
+        self.assertEqual(self.left(), [])
+
+    def test_what_a_killed_download_left_is_cleared_away_later(self):
+        old, new = self.path("tiny/.images.gz.1.part", b"x"), self.path("tiny/.images.gz.2.part", b"x")
+        os.utime(old, (0, 0))
+        self.load("good")
+        self.assertEqual((old.exists(), new.exists()), (False, True))
