@@ -209,7 +209,7 @@ def read_npy(path):
             raise ValueError("not one array of the file's length")
     except OSError:
         raise
-    except Exception as error:              # numpy's header parser raises a dozen kinds
+    except Exception as error:  # noqa: BLE001       numpy's header parser raises a dozen kinds
         raise ValueError(f"{path} is no readable .npy file: {str(error).splitlines()[0] if str(error) else error!r}") from None
     return np.asarray(array)
 

@@ -10,13 +10,14 @@ A model is any callable (x_t, t) -> prediction, with x_t (B, C, H, W) and t (B,)
 here (a lambda, or one of the guidance wrappers at the end). Schedules are worked out in float64 on the CPU and only then
 rounded to float32: 1 - 0.9999 taken in float32 is already off by 1.7e-4.
 """
+import itertools
 import math
 import warnings
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 PREDICTIONS = ("eps", "x0", "mean", "v")
 VARIANCES = ("beta", "posterior", "learned_range", "learned")
@@ -83,15 +84,16 @@ class GaussianDiffusion(nn.Module):
         fixed_variance = torch.cat([stand_in.expand(2), beta[2:]]) if variance == "beta" else positive_posterior
 
         self.exact_alpha_bar = alpha_bar                                         # float64, and stays on the CPU
-        for name, table in dict(
-            beta=beta, alpha=alpha, alpha_bar=alpha_bar, posterior_variance=posterior_variance,
-            sqrt_beta=beta.sqrt(), sqrt_alpha=alpha.sqrt(),
-            sqrt_alpha_bar=alpha_bar.sqrt(), sqrt_one_minus_alpha_bar=(1 - alpha_bar).sqrt(),
-            eps_weight=beta / rest.sqrt(),                                       # of eps in Eq. 11
-            x_0_weight=before.sqrt() * beta / rest, x_t_weight=alpha.sqrt() * (1 - before) / rest,    # in Eq. 7
-            log_beta=torch.cat([beta[1:2], beta[1:]]).log(), log_posterior_variance=positive_posterior.log(),
-            fixed_variance=fixed_variance, log_fixed_variance=fixed_variance.log(),
-        ).items():
+        tables = {
+            "beta": beta, "alpha": alpha, "alpha_bar": alpha_bar, "posterior_variance": posterior_variance,
+            "sqrt_beta": beta.sqrt(), "sqrt_alpha": alpha.sqrt(),
+            "sqrt_alpha_bar": alpha_bar.sqrt(), "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
+            "eps_weight": beta / rest.sqrt(),                                    # of eps in Eq. 11
+            "x_0_weight": before.sqrt() * beta / rest, "x_t_weight": alpha.sqrt() * (1 - before) / rest,      # in Eq. 7
+            "log_beta": torch.cat([beta[1:2], beta[1:]]).log(), "log_posterior_variance": positive_posterior.log(),
+            "fixed_variance": fixed_variance, "log_fixed_variance": fixed_variance.log(),
+        }
+        for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
 
     @property
@@ -282,7 +284,7 @@ class GaussianDiffusion(nn.Module):
         terms = [self.vlb_terms(model, x_0, self.q_sample(x_0, t, noise), t, clip) for t, noise in enumerate(draws, start=1)]
         terms = torch.stack(terms, dim=1)
         prior = self.prior_bits(x_0)
-        return dict(total=prior + terms.sum(1), prior=prior, terms=terms)
+        return {"total": prior + terms.sum(1), "prior": prior, "terms": terms}
 
     def prior_bits(self, x_0):
         """L_T of Eq. 5, in bits per dimension (B,): KL(q(x_T | x_0) || N(0, I)); no model in it."""
@@ -352,7 +354,7 @@ class GaussianDiffusion(nn.Module):
             raise ValueError(f"eta must lie in 0..1 (0: deterministic DDIM, 1: DDPM's noise), not {eta}")
         x_t, on_step = self.begin(shape, x_T, generator, on_step)
         times = self.walk(steps)
-        for t, s in zip(times[:-1], times[1:]):                                 # a stride t -> s: both ends are needed
+        for t, s in itertools.pairwise(times):                                 # a stride t -> s: both ends are needed
             alpha_bar_t, alpha_bar_s = self.exact_alpha_bar[[t, s]].tolist()
             sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
             eps, x_0 = self.predict(model, x_t, t, clip)
@@ -368,7 +370,7 @@ class GaussianDiffusion(nn.Module):
         The eps of a step s -> t is taken at t: at s = 0 the model knows nothing. The round trip is exact as steps grow.
         """
         x_s, times = x_0, self.walk(steps)[::-1]
-        for s, t in zip(times[:-1], times[1:]):
+        for s, t in itertools.pairwise(times):
             alpha_bar_s, alpha_bar_t = self.exact_alpha_bar[[s, t]].tolist()
             eps, _ = self.predict(model, x_s, t, clip=False)
             x_0 = (x_s - math.sqrt(1 - alpha_bar_s) * eps) / math.sqrt(alpha_bar_s)

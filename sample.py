@@ -16,7 +16,17 @@ import torch.nn.functional as F
 
 import data
 from ddpm import classifier_free_guidance, classifier_guidance, respace, slerp
-from train import COUNT, SEED, Parser, find_label, guarded, load_checkpoint, number, pick_device, pick_dtype
+from train import (
+    COUNT,
+    SEED,
+    Parser,
+    find_label,
+    guarded,
+    load_checkpoint,
+    number,
+    pick_device,
+    pick_dtype,
+)
 
 
 def parse_args(argv=None):
@@ -59,12 +69,14 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.eta is not None and args.sampler != "ddim":
         parser.error("--eta belongs to --sampler ddim; ddpm's noise was chosen in training (--variance)")
-    if args.out and not args.out.endswith(".npy"):
-        data.check_suffix(args.out, (".pgm", ".ppm", ".png", ".npy"))
-    for path in filter(None, (args.trajectory, args.forward, args.reconstruct, args.interpolate)):
-        data.check_suffix(path, (".pgm", ".ppm", ".png"))
-    if args.movie:
-        data.check_suffix(args.movie, (".png",))
+    grids = (".pgm", ".ppm", ".png")
+    try:
+        for path, allowed in ((args.out, (*grids, ".npy")), (args.movie, (".png",)), (args.trajectory, grids),
+                              (args.forward, grids), (args.reconstruct, grids), (args.interpolate, grids)):
+            if path:
+                data.check_suffix(path, allowed)
+    except ValueError as error:
+        parser.error(str(error))
     for path in filter(None, (args.out, args.trajectory, args.movie, args.forward, args.reconstruct, args.interpolate)):
         data.check_writable(path)
     return args
@@ -152,11 +164,11 @@ def draw(args, network, diffusion, checkpoint, labels, device, on_step):
         model = bind(args, network, diffusion, checkpoint, y)
         seed = int(np.random.SeedSequence([args.seed, k]).generate_state(1, np.uint64)[0] >> 1)
 
-        def report(t, x_t, x_0, k=k, drawn=sum(map(len, own.values())), size=size, calls=iter(range(steps + 1))):
-            if k == 0:
+        def report(t, x_t, x_0, first=k == 0, drawn=starts[k], size=size):
+            if first:
                 on_step(t, x_t, x_0)
             if rank == 0:
-                data.say(f"{drawn} of {args.n} images drawn, {size} more at step {next(calls)} of {steps}")
+                data.say(f"{drawn} of {args.n} images drawn, {size} more at t = {t}")
 
         with torch.inference_mode():
             x_0 = sample(model, (size, *checkpoint["shape"]), on_step=report,

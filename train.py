@@ -8,6 +8,7 @@ It writes ddpm.pt, which sample.py draws from and `train.py --evaluate ddpm.pt` 
 """
 import argparse
 import contextlib
+import functools
 import io
 import math
 import os
@@ -24,8 +25,16 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from ddpm import (LOSSES, PREDICTIONS, VARIANCES, GaussianDiffusion, ImportanceSampler, at, cosine_beta_schedule,
-                  linear_beta_schedule)
+from ddpm import (
+    LOSSES,
+    PREDICTIONS,
+    VARIANCES,
+    GaussianDiffusion,
+    ImportanceSampler,
+    at,
+    cosine_beta_schedule,
+    linear_beta_schedule,
+)
 from unet import NoisyClassifier, UNet
 
 FORMAT = "ddpm checkpoint 1"
@@ -116,16 +125,16 @@ def parse_args(argv=None):
          action="store_true")
 
     flag = parser.section("optimisation")
-    flag("--steps", 4500, "optimiser steps (the paper: 800000)", type=COUNT)
+    flag("--steps", 6000, "optimiser steps (the paper: 800000)", type=COUNT)
     flag("--batch-size", 64, "images per step, of all processes together (the paper: 128)", type=COUNT)
     flag("--accumulate", 1, "compute each batch in this many parts, to save memory", type=COUNT)
-    flag("--lr", 2e-3, "Adam's rate after the warm-up; it then falls to 0 (the paper: 2e-4, constant)",
+    flag("--lr", 5e-3, "Adam's rate after the warm-up; it then falls to 0 (the paper: 2e-4, constant)",
          type=number(float, above=0))
     flag("--warmup", 100, "steps over which the rate rises", type=number(int, 0))
     flag("--weight-decay", 0.0, "as in AdamW", type=number(float, 0))
     flag("--ema", 0.999, "decay of the averaged weights, which samples are drawn with (the paper: 0.9999)",
          type=number(float, 0, below=1))
-    flag("--precision", "auto", "auto: bf16 on CUDA if it has it, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    flag("--precision", "auto", "auto: bf16 where CUDA or the CPU (AMX) has units for it, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
     flag("--compile", False, "torch.compile the network: a minute's wait, then faster on CUDA", action="store_true")
     flag("--checkpointing", False, "compute blocks twice rather than remember them: less memory, more time", action="store_true")
     flag("--seed", 0, "of everything random", type=SEED)
@@ -143,7 +152,7 @@ def parse_args(argv=None):
     args.out = args.out or ("classifier.pt" if args.classifier else "ddpm.pt")
     if args.flip is None:
         args.flip = data.DATASETS[args.dataset].flip if args.dataset in data.DATASETS else True
-    parts = args.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    parts = args.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
     if args.batch_size % parts:
         parser.error(f"--batch-size {args.batch_size} does not divide into {parts} equal parts (processes x --accumulate)")
     if any(args.channels * m % args.heads for m in args.multipliers) or not args.multipliers:
@@ -151,15 +160,10 @@ def parse_args(argv=None):
     if args.conditional and args.only:
         parser.error("--conditional needs several classes, and --only leaves one")
     try:
-        make_diffusion(**diffusion_settings(args))
+        make_diffusion(**settings_of(args)["diffusion"])
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def diffusion_settings(args):
-    return {name: getattr(args, name) for name in ("timesteps", "schedule", "beta_start", "beta_end", "beta_min", "beta_max",
-                                                   "prediction", "variance", "loss")}
 
 
 def find_label(text, classes):
@@ -187,9 +191,11 @@ def pick_device(name):
 
 
 def pick_dtype(precision, device):
-    """What autocast computes in; auto was chosen by measurement: bf16 gains nothing on the CPUs at this network's width."""
+    """What autocast computes in. auto is bf16 where the hardware multiplies matrices in it, else fp32."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        tensor_cores = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        tiles = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        precision = "bf16" if tensor_cores or tiles else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
@@ -200,23 +206,30 @@ def make_diffusion(timesteps, schedule, beta_start, beta_end, beta_min, beta_max
     return GaussianDiffusion(betas, prediction, variance, loss)
 
 
-def settings_of(args, shape, classes):
-    """All that a checkpoint needs to rebuild its model, and all that --resume must find unchanged, in three dicts."""
-    C = shape[0]
-    network = dict(in_channels=C, image_size=shape[1], patch=args.patch, channels=args.channels, multipliers=args.multipliers,
-                   blocks=args.blocks, attention=args.attention, heads=args.heads, dropout=args.dropout,
-                   convnext=args.block == "convnext", scale_shift=args.embedding == "scale-shift")
-    network["out_channels"] = 2 * C if args.variance.startswith("learned") else C
-    network["num_classes"] = len(classes) if args.conditional else None
-    training = {name: getattr(args, name) for name in ("dataset", "only", "flip", "batch_size", "accumulate", "lr", "warmup",
-                                                       "weight_decay", "ema", "label_dropout", "precision", "seed")}
-    return dict(network=network, diffusion=diffusion_settings(args), training=training)
+def settings_of(args):
+    """What --resume must find unchanged, in two dicts: of the diffusion, and of the training."""
+    return {group: {name: getattr(args, name) for name in names} for group, names in (
+        ("diffusion", ("timesteps", "schedule", "beta_start", "beta_end", "beta_min", "beta_max", "prediction", "variance", "loss")),
+        ("training", ("dataset", "only", "flip", "batch_size", "accumulate", "lr", "warmup", "weight_decay", "ema",
+                      "label_dropout", "precision", "seed")))}
+
+
+def network_settings(args, shape, classes):
+    """The constructor arguments of the network for images of `shape` (C, H, W)."""
+    return {"in_channels": shape[0], "out_channels": shape[0] * (2 if args.variance.startswith("learned") else 1),
+            "image_size": shape[1], "patch": args.patch, "channels": args.channels, "multipliers": args.multipliers,
+            "blocks": args.blocks, "attention": args.attention, "heads": args.heads, "dropout": args.dropout,
+            "convnext": args.block == "convnext", "scale_shift": args.embedding == "scale-shift",
+            "num_classes": len(classes) if args.conditional else None}
 
 
 def make_network(kind, settings, classes):
     """The network of a checkpoint's "network" settings, with fresh weights."""
-    unet = UNet(**settings)
-    return NoisyClassifier(unet, len(classes)) if kind == "classifier" else unet
+    network = UNet(**settings)
+    return NoisyClassifier(network, len(classes)) if kind == "classifier" else network
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def load_checkpoint(path, device, kind="ddpm"):
@@ -225,66 +238,63 @@ def load_checkpoint(path, device, kind="ddpm"):
     The model is a UNet (x, t, y) in eval mode on `device`; kind="classifier" loads a classifier instead. Nothing in the
     file is run (weights_only), and every field is checked before it is used: ValueError says what is wrong with `path`.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint, network = read_checkpoint(path)
     if checkpoint["kind"] != kind:
         raise ValueError(f"{path} holds a {checkpoint['kind']}, not a {kind}: see --classifier of train.py")
-    with torch.device("meta"):                       # no memory is taken before the weights are known to fit
-        network = make_network(kind, checkpoint["network"], checkpoint["classes"])
-    check_tensors(path, checkpoint["ema"], network.state_dict())
     network = network.to_empty(device=device).eval().requires_grad_(False)
     network.load_state_dict(checkpoint["ema"])
     return network, make_diffusion(**checkpoint["diffusion"]).to(device), checkpoint
 
 
 def read_checkpoint(path):
-    """A checkpoint's dict, its plain fields checked."""
+    """A checkpoint's dict, checked, and its network without weights. ValueError if it is not one, or is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:       # what torch.save writes: an archive that is not compressed
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
                 raise ValueError("it unpacks to more than its size")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT or checkpoint["kind"] not in ("ddpm", "classifier"):
-            raise ValueError(f"its format is {checkpoint['format']!r}, not {FORMAT!r}")
-        check_settings(checkpoint)
+        check_fields(checkpoint)
+        with torch.device("meta"):                   # takes no memory, whatever the settings ask for
+            network = make_network(checkpoint["kind"], checkpoint["network"], checkpoint["classes"])
+        check_tensors(checkpoint["ema"], network.state_dict())
         make_diffusion(**checkpoint["diffusion"])
-        return checkpoint
+        return checkpoint, network
     except OSError:
         raise
-    except Exception as error:      # a damaged or hostile file can fail in any way on its way in
+    except Exception as error:  # noqa: BLE001       a damaged or hostile file can fail in any way on its way in
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged ({reason[:200]})") from None
 
 
-def check_settings(checkpoint):
-    """ValueError unless the settings are plain values in sane ranges: they decide how much work a rebuild is."""
-    C, H, W = checkpoint["shape"]
-    network = dict(checkpoint["network"])
-    sizes = dict(channels=2**14, blocks=64, patch=64, heads=2**14, in_channels=3, image_size=2**14)
-    values = dict(network, **{f"side{k}": side for k, side in enumerate((H, W))})
-    for name, high in dict(sizes, side0=2**14, side1=2**14).items():
-        if type(values[name]) is not int or not 1 <= values[name] <= high:
-            raise ValueError(f"{name} is {values[name]!r}")
-    if not 1 <= len(network["multipliers"]) <= 12 or not all(type(m) is int and 1 <= m <= 64 for m in network["multipliers"]):
-        raise ValueError(f"multipliers are {network['multipliers']!r}")
-    if not (network["num_classes"] is None or type(network["num_classes"]) is int and 1 <= network["num_classes"] <= 2**16):
-        raise ValueError(f"num_classes is {network['num_classes']!r}")
-    if type(checkpoint["diffusion"]["timesteps"]) is not int or not 1 <= checkpoint["diffusion"]["timesteps"] <= 10**6:
-        raise ValueError(f"timesteps is {checkpoint['diffusion']['timesteps']!r}")
-    if C != network["in_channels"] or type(checkpoint["step"]) is not int or not isinstance(checkpoint["training"], dict):
-        raise ValueError("its fields do not fit each other")
-    if not isinstance(checkpoint["classes"], tuple) or not all(isinstance(name, str) for name in checkpoint["classes"]):
-        raise ValueError("its classes are no names")
+def check_fields(checkpoint):
+    """ValueError unless the plain fields are of their types and in sane ranges: they decide how much work a rebuild is."""
+    def whole(value, high):
+        return type(value) is int and 1 <= value <= high
+
+    network, (C, H, W), classes = checkpoint["network"], checkpoint["shape"], checkpoint["classes"]
+    sizes = {"in_channels": 3, "out_channels": 6, "channels": 2**14, "blocks": 64, "patch": 64, "heads": 2**14, "image_size": 2**14}
+    for right, field in (
+            (checkpoint["format"] == FORMAT, "format"), (checkpoint["kind"] in ("ddpm", "classifier"), "kind"),
+            (type(checkpoint["step"]) is int and checkpoint["step"] >= 0, "step"), (isinstance(checkpoint["training"], dict), "training"),
+            (C == network["in_channels"] and whole(H, 2**14) and whole(W, 2**14), "shape"),
+            (type(classes) is tuple and 1 <= len(classes) <= 2**16 and all(type(name) is str for name in classes), "classes"),
+            *((whole(network[name], high), name) for name, high in sizes.items()),
+            (1 <= len(network["multipliers"]) <= 12 and all(whole(m, 64) for m in network["multipliers"]), "multipliers"),
+            (network["num_classes"] is None or whole(network["num_classes"], 2**16), "num_classes"),
+            (whole(checkpoint["diffusion"]["timesteps"], 10**6), "timesteps")):
+        if not right:
+            raise ValueError(f"its {field} is not what it should be")
 
 
-def check_tensors(path, tensors, like):
+def check_tensors(tensors, like):
     """ValueError unless `tensors` has the names, shapes and types of `like`, and finite numbers only."""
     if not isinstance(tensors, dict) or tensors.keys() != like.keys():
-        raise ValueError(f"{path} is damaged: its weights are not those of its network")
+        raise ValueError("its weights are not those of its network")
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or tensor.shape != like[name].shape or tensor.dtype != like[name].dtype:
-            raise ValueError(f"{path} is damaged: {name} does not have the shape or type of its network")
+            raise ValueError(f"{name} does not have the shape or type of its network")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path} is damaged: {name} has numbers that are not finite")
+            raise ValueError(f"{name} has numbers that are not finite")
 
 
 def save_checkpoint(path, checkpoint):
@@ -345,8 +355,9 @@ class Run:
         self.args, self.images, self.labels, self.device = args, images.to(device), labels.to(device), device
         self.rank, self.world, self.done = rank, world, 0
         self.kind = "classifier" if args.classifier else "ddpm"
-        self.fixed = dict(format=FORMAT, kind=self.kind, shape=tuple(images.shape[1:]), classes=classes,
-                          **settings_of(args, images.shape[1:], classes))
+        shape = tuple(images.shape[1:])
+        self.fixed = {"format": FORMAT, "kind": self.kind, "shape": shape, "classes": classes, **settings_of(args),
+                      "network": network_settings(args, shape, classes)}
         self.network = make_network(self.kind, self.fixed["network"], classes).to(device)
         for module in self.network.modules():
             module.checkpointing = args.checkpointing
@@ -425,17 +436,13 @@ class Run:
         self.skipped = torch.stack([(self.skipped[0] + 1) * bad, self.skipped[1] + bad])
         update_ema(self.ema, self.weights, self.args.ema, self.done)
         if self.args.loss == "vlb" and not self.args.classifier:
-            self.importance.update(t, self.gather(losses))
+            everyone = torch.zeros_like(t, dtype=torch.float32)
+            everyone[self.rank * len(losses):(self.rank + 1) * len(losses)] = losses
+            if self.world > 1:
+                dist.all_reduce(everyone)
+            self.importance.update(t, everyone)
         self.done += 1
         return losses.mean()
-
-    def gather(self, losses):
-        """The losses of the whole batch, from all processes."""
-        if self.world == 1:
-            return losses
-        parts = [torch.empty_like(losses) for _ in range(self.world)]
-        dist.all_gather(parts, losses)
-        return torch.cat(parts)
 
     def save(self, path, keep=False):
         """Write the checkpoint, an older one of the same name being kept under another if asked -> the step saved."""
@@ -448,47 +455,45 @@ class Run:
 
     def checkpoint(self):
         names = [name for name, _ in self.network.named_parameters()]
-        rng = dict(cpu=torch.get_rng_state())
+        rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return dict(self.fixed, step=self.done, steps=self.args.steps, ema=dict(zip(names, self.ema)),
-                    model=self.network.state_dict(), optimizer=self.optimizer.state_dict()["state"],
-                    scaler=self.scaler.state_dict(), importance=self.importance.state_dict(), rng=rng)
+        return {**self.fixed, "step": self.done, "ema": dict(zip(names, self.ema, strict=True)), "model": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict(),
+                "importance": self.importance.state_dict(), "rng": rng}
 
     def restore(self, path):
         """Go on from a checkpoint. ValueError if it was made with other settings, or is damaged."""
-        checkpoint = read_checkpoint(path)
-        for group in ("kind", "shape", "network", "diffusion", "training"):
-            old, new = checkpoint[group], self.fixed[group]
-            if old != new:
-                names = [k for k in new if old.get(k) != new[k]] if isinstance(new, dict) else []
-                differ = ", ".join(f"{k} was {old.get(k)!r} and is {new[k]!r}" for k in names) or f"{group} was {old} and is {new}"
-                raise ValueError(f"--resume cannot go on from {path} with other settings: {differ}")
-        check_tensors(path, checkpoint["ema"], dict(self.network.named_parameters()))
-        check_tensors(path, checkpoint["model"], self.network.state_dict())
-        check_tensors(path, checkpoint["importance"], self.importance.state_dict())
-        for k, moments in checkpoint["optimizer"].items():
-            like = torch.zeros_like(self.weights[k], device="cpu")
-            check_tensors(path, moments, dict(step=torch.zeros(()), exp_avg=like, exp_avg_sq=like))
+        checkpoint, _ = read_checkpoint(path)
+        old, new = ({"kind": state["kind"], "shape": state["shape"], **state["network"], **state["diffusion"], **state["training"]}
+                    for state in (checkpoint, self.fixed))
+        if old != new:
+            differ = ", ".join(f"{k} was {old.get(k)!r} and is {new[k]!r}" for k in new if old.get(k) != new[k])
+            raise ValueError(f"--resume cannot go on from {path} with other settings: {differ}")
         try:
+            check_tensors(checkpoint["model"], self.network.state_dict())
+            check_tensors(checkpoint["importance"], self.importance.state_dict())
+            for k, moments in checkpoint["optimizer"].items():
+                like = torch.empty_like(self.weights[k], device="cpu")
+                check_tensors(moments, {"step": torch.zeros(()), "exp_avg": like, "exp_avg_sq": like})
             self.network.load_state_dict(checkpoint["model"])
             self.importance.load_state_dict(checkpoint["importance"])
             groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict(dict(state=checkpoint["optimizer"], param_groups=groups))
+            self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": groups})
             self.scaler.load_state_dict(checkpoint["scaler"])
             torch.set_rng_state(checkpoint["rng"]["cpu"])
             if self.device.type == "cuda" and "cuda" in checkpoint["rng"]:
                 torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-        for ema, saved in zip(self.ema, checkpoint["ema"].values()):
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        for ema, saved in zip(self.ema, checkpoint["ema"].values(), strict=True):
             ema.copy_(saved)
         self.done = checkpoint["step"]
 
 
 def train(args):
     """The training loop."""
-    rank, world, local = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
     device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -507,7 +512,6 @@ def train(args):
         run.restore(args.out)
         if run.done >= args.steps:
             return say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
-    overwrites = exists and not args.resume
     say(f"{len(images):,} images {'x'.join(map(str, images.shape[1:]))}, {sum(w.numel() for w in run.weights):,} parameters, "
         f"{device}, {str(run.dtype)[6:]}, steps {run.done} to {args.steps} of {args.batch_size} images", done=True)
 
@@ -564,64 +568,67 @@ def clock(seconds):
 
 
 def measure(model, diffusion, x_0, t):
-    """One draw of x_t for each image -> L_{t-1} in bits/dim, L_simple, and x_0's squared error, each (B,); one model call."""
+    """One draw of x_t for each image -> L_{t-1} in bits/dim, L_simple, and x_0's squared error: (3, B). One model call."""
     noise = torch.randn_like(x_0)
     x_t = diffusion.q_sample(x_0, t, noise)
     output = model(x_t, t)
     eps, _ = diffusion.predict(lambda x_t, t: output, x_t, t, clip=False)
-    _, seen = diffusion.predict(lambda x_t, t: output, x_t, t)
-    terms = diffusion.vlb_terms(lambda x_t, t: output, x_0, x_t, t)
-    return terms, *(error.square().flatten(1).mean(1) for error in (eps - noise, seen - x_0))
+    _, guess = diffusion.predict(lambda x_t, t: output, x_t, t)
+    errors = ((error**2).flatten(1).mean(1) for error in (eps - noise, guess - x_0))
+    return torch.stack([diffusion.vlb_terms(lambda x_t, t: output, x_0, x_t, t), *errors])
+
+
+def choose_terms(T, B, every, device):
+    """Times to measure for B images: t (R, B), and weights (R, B) that make sums over them estimate sums over 1 .. T.
+
+    t = 1 always; of 2 .. T every one, or four at random, about as likely as they are large (L_{t-1} falls like 1/t).
+    """
+    first, later = torch.ones(1, B, dtype=torch.int64, device=device), torch.arange(2, T + 1, device=device)
+    if every or T == 1:
+        times = torch.cat([first, later[:, None].expand(-1, B)])
+        return times, torch.ones_like(times, dtype=torch.float32)
+    probability = 1 / later + 5 / T
+    probability = probability / probability.sum()
+    pick = torch.multinomial(probability, 4 * B, replacement=True).view(4, B)
+    return torch.cat([first, later[pick]]), torch.cat([first.float(), 1 / (4 * probability[pick])])
 
 
 @torch.inference_mode()
 def evaluate(args):
-    """Print the test set's L_simple and its bound in bits/dim, split as in Section 4.3, with 95% confidence intervals.
-
-    Every image gets L_0 and, of the terms t = 2 .. T, four drawn with probability about 1/t, as large as they are (or all).
-    """
+    """Print the test set's L_simple and its bound in bits/dim, split as in Section 4.3, with 95% confidence intervals."""
     device = pick_device(args.device)
     network, diffusion, checkpoint = load_checkpoint(args.evaluate, device)
     args.dataset, args.only = checkpoint["training"]["dataset"], checkpoint["training"]["only"]
     images, labels, _ = load_data(args, "test")
+    T, count = diffusion.timesteps, min(args.exact or len(images), len(images))
     torch.manual_seed(args.seed)
-    T, count, conditional = diffusion.timesteps, min(args.exact or len(images), len(images)), checkpoint["network"]["num_classes"]
-    later = torch.arange(2, T + 1, device=device)
-    probability = 1 / later + 5 / T
-    probability = probability / probability.sum()
-    batches, draws = [], []
+    quarters, images_seen = torch.zeros(2, 4), []
     for k in range(0, count, 500):
         x_0 = data.to_model(images[k:min(k + 500, count)].to(device))
-        y = labels[k:k + len(x_0)].to(device) if conditional else None
-        model, B = (lambda x_t, t: network(x_t, t, y)), len(x_0)
-        if args.exact or T == 1:
-            times = [(t.expand(B), torch.ones(B, device=device)) for t in later]
-        else:
-            picks = torch.multinomial(probability, 4 * B, replacement=True).view(4, B)
-            times = [(later[pick], 1 / (4 * probability[pick])) for pick in picks]
-        distortion, simple, squared_error = measure(model, diffusion, x_0, torch.ones_like(later[:1]).expand(B) if T > 1 else 1)
-        rate, total_simple = torch.zeros_like(distortion), simple.clone()
-        draws.append((torch.ones(B), torch.ones(B), simple.cpu()))
-        for t, weight in times:
-            term, simple, _ = measure(model, diffusion, x_0, t)
-            rate, total_simple = rate + weight * term, total_simple + weight * simple
-            draws.append((t.cpu(), weight.cpu(), simple.cpu()))
-            data.say(f"{k + B} of {count} images")
-        batches.append(torch.stack([total_simple / T, diffusion.prior_bits(x_0), rate, distortion, squared_error]).cpu())
-    simple, prior, rate, distortion, squared_error = torch.cat(batches, dim=1).double()
+        y = labels[k:k + len(x_0)].to(device) if checkpoint["network"]["num_classes"] else None
+        model = functools.partial(network, y=y)
+        times, weights = choose_terms(T, len(x_0), args.exact > 0, device)
+        rows = []
+        for t in times:
+            rows.append(measure(model, diffusion, x_0, t))
+            data.say(f"{k} of {count} images, {len(x_0)} more at t = {int(t[0])}")
+        terms, simple, squared_error = torch.stack(rows, dim=1)                       # each (R, B)
+        quarter = ((times - 1) * 4 // T).flatten().cpu()
+        for total, values in zip(quarters, (weights * simple, weights), strict=True):
+            total.index_add_(0, quarter, values.flatten().cpu())
+        images_seen.append(torch.stack([(weights * simple).sum(0) / T, diffusion.prior_bits(x_0),
+                                        (weights * terms)[1:].sum(0), terms[0], squared_error[0]]))
+    simple, prior, rate, distortion, squared_error = torch.cat(images_seen, dim=1).cpu().double()
 
     def shown(x):
-        return f"{x.mean():.4f} +- {1.96 * x.std() / math.sqrt(len(x)):.4f}" if len(x) > 1 else f"{x.mean():.4f}"
+        return f"{x.mean():.4f}" + (f" +- {1.96 * x.std() / math.sqrt(len(x)):.4f}" if len(x) > 1 else "")
 
-    t, weight, errors = (torch.cat(column).double() for column in zip(*draws))
-    quarters = [weight[chosen] @ errors[chosen] / weight[chosen].sum()
-                for chosen in ((t > T * q / 4) & (t <= T * (q + 1) / 4) for q in range(4)) if chosen.any()]
     data.say(f"{args.dataset}, test split, {count:,} images, {args.evaluate} at step {checkpoint['step']}", done=True)
-    print(f"L_simple    {shown(simple)}   by quarter of t: {'  '.join(f'{q:.4f}' for q in quarters)}")
-    print(f"bits/dim <= {shown(prior + rate + distortion)}")
-    print(f"   L_T      {prior.mean():.6f}")
-    print(f"   rate     {shown(rate)}   L_1 + ... + L_{{T-1}}")
-    print(f"   distortion {shown(distortion)}   L_0; RMSE {127.5 * squared_error.mean().sqrt():.2f} of 255")
+    print(f"L_simple    {shown(simple)}   by quarter of t: {'  '.join(f'{q:.4f}' for q in quarters[0] / quarters[1])}\n"
+          f"bits/dim <= {shown(prior + rate + distortion)}, the sum of\n"
+          f"  L_T         {prior.mean():.6f}\n"
+          f"  rate        {shown(rate)}   L_1 + ... + L_{{T-1}}\n"
+          f"  distortion  {shown(distortion)}   L_0; RMSE {127.5 * squared_error.mean().sqrt():.2f} of 255")
 
 
 def main(argv=None):
