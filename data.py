@@ -189,7 +189,7 @@ def load_npy(path, split):
     elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.size == 0:
-        raise ValueError(f"{path} has the shape {images.shape}; it must be (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W)")
+        raise ValueError(f"{path} has shape {images.shape}; it must be (N, H, W), (N, H, W, 1 or 3) or (N, 1 or 3, H, W)")
     labels, beside = np.zeros(len(images), np.int64), path.with_suffix(".labels.npy")
     if beside.exists():
         labels = read_npy(beside)
@@ -202,7 +202,7 @@ def load_npy(path, split):
 
 
 def read_npy(path):
-    """An .npy array, never unpickled, mapped into memory first, so that its header cannot ask for more than the file holds."""
+    """An .npy array, never unpickled; mapped into memory, so that its header cannot ask for more than the file holds."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.memmap) or array.offset + array.nbytes != os.path.getsize(path):
@@ -210,7 +210,8 @@ def read_npy(path):
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001       numpy's header parser raises a dozen kinds
-        raise ValueError(f"{path} is no readable .npy file: {str(error).splitlines()[0] if str(error) else error!r}") from None
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"{path} is no readable .npy file: {reason}") from None
     return np.asarray(array)
 
 

@@ -25,7 +25,7 @@ LOSSES = ("mse", "l1", "huber", "vlb", "hybrid")
 
 
 def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
-    """beta_1 .. beta_T on a straight line, float64 (T,); the defaults are Section 4's. ValueError if an end is not in (0, 1)."""
+    """beta_1 .. beta_T on a straight line, float64 (T,), by default Section 4's. ValueError if an end is not in (0, 1)."""
     for beta in (beta_start, beta_end):
         if not 0 < beta < 1:
             raise ValueError(f"beta must lie strictly between 0 and 1, not {beta}: a step with beta = 0 adds no noise, "
@@ -35,11 +35,11 @@ def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
 
 def noisy_end_advice(alpha_bar_T, timesteps):
     """What to tell a person whose x_T is not noise."""
-    scale = 1000 / timesteps
-    cure = (f"a linear schedule of {timesteps} steps ends in noise with beta_start={1e-4 * scale:.3g} "
-            f"and beta_end={0.02 * scale:.3g} (the paper's, times 1000/T)" if 0.02 * scale < 1 else "use the cosine schedule")
-    return (f"alpha_bar_T = {alpha_bar_T:.3g}: x_T keeps {math.sqrt(alpha_bar_T):.0%} of the image's amplitude, but sampling "
-            f"starts from pure noise, which the network never saw; samples suffer. Cure: {cure}")
+    start, end = 1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps
+    cure = "the cosine schedule" if end >= 1 else (
+        f"a linear schedule of {timesteps} steps with beta_start={start:.3g} and beta_end={end:.3g} (the paper's, times 1000/T)")
+    return (f"alpha_bar_T = {alpha_bar_T:.3g}: x_T keeps {math.sqrt(alpha_bar_T):.0%} of the image's amplitude, but "
+            f"sampling starts from pure noise, which the network never saw; samples suffer. What ends in noise: {cure}")
 
 
 class GaussianDiffusion(nn.Module):
@@ -111,12 +111,12 @@ class GaussianDiffusion(nn.Module):
 
     def q_step(self, x_prev, t, noise=None):
         """x_t ~ q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), one step of the chain (Eq. 2)."""
-        t, noise = self.times(t, x_prev), torch.randn_like(x_prev) if noise is None else noise
+        t, noise = self.times(t, x_prev), self.normal_eps(x_prev, noise)
         return at(self.sqrt_alpha, t) * x_prev + at(self.sqrt_beta, t) * noise
 
     def q_sample(self, x_0, t, noise=None):
         """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), in one go (Eq. 4)."""
-        t, noise = self.times(t, x_0), torch.randn_like(x_0) if noise is None else noise
+        t, noise = self.times(t, x_0), self.normal_eps(x_0, noise)
         return at(self.sqrt_alpha_bar, t) * x_0 + at(self.sqrt_one_minus_alpha_bar, t) * noise
 
     def q_posterior(self, x_0, x_t, t):
@@ -143,6 +143,7 @@ class GaussianDiffusion(nn.Module):
         return torch.randint(1, self.timesteps + 1, (len(x_0),), device=x_0.device) if t is None else self.times(t, x_0)
 
     def normal_eps(self, x_0, noise=None):
+        """eps ~ N(0, I) of x_0's shape, unless `noise` is given."""
         return torch.randn_like(x_0) if noise is None else noise
 
     def distance(self, output, x_0, x_t, t, eps):
@@ -150,8 +151,10 @@ class GaussianDiffusion(nn.Module):
 
         L_simple (Eq. 14) is a mean over the pixels here, not a sum, so that it reads the same at every image size.
         """
-        if self.loss in ("vlb", "hybrid"):
-            return {"vlb": self.l_vlb, "hybrid": self.l_hybrid}[self.loss](output, x_0, x_t, t, eps)
+        if self.loss == "vlb":
+            return self.l_vlb(output, x_0, x_t, t, eps)
+        if self.loss == "hybrid":
+            return self.l_hybrid(output, x_0, x_t, t, eps)
         pixelwise = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[self.loss]
         prediction = self.split(output, x_t)[0]
         return pixelwise(prediction, self.target(x_0, x_t, t, eps), reduction="none").flatten(1).mean(1)
@@ -293,7 +296,7 @@ class GaussianDiffusion(nn.Module):
         return nats.flatten(1).mean(1) / math.log(2)
 
     def vlb_terms(self, model, x_0, x_t, t, clip=True):
-        """L_{t-1} of Eq. 5 in bits per dimension (B,): KL(q(x_{t-1}|x_t,x_0) || p_theta(x_{t-1}|x_t)); at t = 1 it is L_0."""
+        """L_{t-1} of Eq. 5 in bits per dimension (B,): KL(q(x_{t-1}|x_t,x_0) || p_theta(x_{t-1}|x_t)); L_0 at t = 1."""
         t = self.times(t, x_t)
         mean, log_variance, _ = self.p_mean_log_variance(model, x_t, t, clip)
         log_ratio = at(self.log_posterior_variance, t) - log_variance
@@ -338,7 +341,7 @@ class GaussianDiffusion(nn.Module):
     # ------------------------------------------ Song, Meng, Ermon 2020, "Denoising Diffusion Implicit Models": fewer steps
 
     def walk(self, steps):
-        """`steps` + 1 times from T down to 0: round(linspace(0, T, steps + 1)), reversed. ValueError unless 1 <= steps <= T."""
+        """steps + 1 times from T down to 0: round(linspace(0, T, steps + 1)), reversed. ValueError unless 1 <= steps <= T."""
         if not 1 <= steps <= self.timesteps:
             raise ValueError(f"steps must lie in 1..{self.timesteps} (T), not {steps}")
         return np.linspace(0, self.timesteps, steps + 1).round().astype(int).tolist()[::-1]
@@ -382,7 +385,7 @@ class GaussianDiffusion(nn.Module):
 
 
 def cosine_beta_schedule(timesteps=1000, s=0.008, beta_min=0.0, beta_max=0.999):
-    """beta_t from alpha_bar(t) = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), clipped; float64 (T,) (iDDPM Eq. 17)."""
+    """beta_t of alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), clipped; float64 (T,) (iDDPM Eq. 17)."""
     u = torch.arange(check_timesteps(timesteps) + 1, dtype=torch.float64) / timesteps
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(beta_min, beta_max)

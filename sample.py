@@ -6,7 +6,6 @@
     python sample.py --n 10000 --out s.npy --score c.pt         for other tools, and its quality in a classifier's eyes
 """
 import functools
-import os
 import time
 
 import numpy as np
@@ -26,6 +25,7 @@ from train import (
     number,
     pick_device,
     pick_dtype,
+    ranks,
 )
 
 
@@ -46,7 +46,7 @@ def parse_args(argv=None):
     flag("--steps", None, "calls of the network per image (default: T for ddpm, 50 for ddim)", type=COUNT)
     flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)", type=number(float, 0, 1))
     flag("--batch-size", 256, "images at a time", type=COUNT)
-    flag("--precision", "fp32", "bf16 and fp16 are faster on GPUs; auto: bf16 on CUDA", choices=("auto", "fp32", "bf16", "fp16"))
+    flag("--precision", "fp32", "as in train.py", choices=("auto", "fp32", "bf16", "fp16"))
     flag("--compile", False, "torch.compile the network", action="store_true")
     flag("--device", None, "cpu, cuda, cuda:1, mps; default: the best there is")
 
@@ -61,7 +61,7 @@ def parse_args(argv=None):
          "accuracy on their labels", metavar="FILE.pt")
 
     flag = parser.section("pictures of other things, instead (they are drawn without samples unless --out is given)")
-    flag("--forward", None, "real images turning into noise, in closed form (Eq. 4) above step by step (Eq. 2)", metavar="FILE")
+    flag("--forward", None, "real images turning into noise: closed form (Eq. 4) above steps (Eq. 2)", metavar="FILE")
     flag("--reconstruct", None, "test images, their x_T by DDIM run backwards, and what DDIM makes of it", metavar="FILE")
     flag("--interpolate", None, "between two test images: through x_T (DDIM), and at t = T/4, T/2, 3T/4 (Figure 8)",
          metavar="FILE")
@@ -155,7 +155,7 @@ def draw(args, network, diffusion, checkpoint, labels, device, on_step):
 
     Batch k has random numbers of its own and is drawn whole by one process, so the images do not depend on their number.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world, _ = ranks()
     sample, steps = sampler(args, diffusion)
     starts, own, began = range(0, args.n, args.batch_size), {}, time.monotonic()
     for k in range(rank, len(starts), world):
@@ -223,11 +223,12 @@ def draw_reconstruction(args, network, diffusion, checkpoint, device):
     x_T = diffusion.ddim_invert(model, x_0, steps)
     again = diffusion.ddim_sample(model, x_0.shape, steps, x_T=x_T, clip=False)
     data.save_image(args.reconstruct, *rows(x_0, x_T, again))
-    print(f"reconstruction error, root mean square: {127.5 * (again - x_0).square().mean().sqrt():.2f} of 255, {steps} steps")
+    error = 127.5 * (again - x_0).square().mean().sqrt()
+    print(f"reconstruction error, root mean square: {error:.2f} of 255, in {steps} steps")
 
 
 def draw_interpolation(args, network, diffusion, checkpoint, device):
-    """--interpolate: rows of 11 images from one test image to another: by slerp of their x_T, then by Figure 8 at three t."""
+    """--interpolate: rows of 11 images from one test image to another: slerp of their x_T, then Figure 8 at three t."""
     x_0 = held_out(args, checkpoint, 2)[0].to(device)
     T, weights = diffusion.timesteps, torch.linspace(0, 1, 9)
     steps = args.steps or min(100, T)
@@ -277,7 +278,7 @@ def score(args, checkpoint, pixels, labels, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    rank, world, local = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    rank, world, local = ranks()
     device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
     network, diffusion, checkpoint = load_checkpoint(args.checkpoint, device)
     colour = checkpoint["shape"][0] == 3
@@ -335,7 +336,7 @@ def write(args, checkpoint, pixels, labels, strip, movie):
                 np.save(file, labels.numpy())
     else:
         data.save_image(args.out, pixels, columns)
-    print(f"wrote {args.out}" + ("; --out samples.png for a format that every browser shows" if args.out.endswith(".pgm") else ""))
+    print(f"wrote {args.out}" + ("; --out samples.png for a PNG" if args.out.endswith(".pgm") else ""))
     if strip:
         x_t, x_0 = (torch.stack(frames, dim=1) for frames in zip(*strip))                  # each (8, frames, C, H, W)
         data.save_image(args.trajectory, torch.stack([x_t, x_0], dim=1).flatten(0, 2), columns=len(strip))

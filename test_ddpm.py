@@ -21,6 +21,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import signal
 import socket
 import struct
@@ -1254,6 +1255,11 @@ class Downloading(InTemporaryFolder):
         self.assertRegex(sys.stderr.getvalue(), "not used: .*images.gz")
         self.assertEqual(data.read_idx(self.folder / "tiny" / "images.gz").shape, (9, 8, 8))
 
+    def test_another_data_sets_file_of_the_same_name_is_not_mistaken_for_it(self):
+        self.path("tiny/images.gz", gzip.compress(idx(np.zeros((9, 8, 8), np.uint8))))
+        self.assertGreater(int(self.load("good")[0].max()), 0)
+        self.assertRegex(sys.stderr.getvalue(), r"images.gz has the wrong checksum \(SHA-256\)")
+
     def test_a_system_packages_folder_and_unpacked_files_are_used_before_the_web(self):
         self.path("package/images.gz", self.server.files["images.gz"])
         self.path("tiny/labels", gzip.decompress(self.server.files["labels.gz"]))
@@ -1650,6 +1656,71 @@ class Commands(InTemporaryFolder):
                         env={**os.environ, "PYTHONPATH": str(HERE)})
         self.assertNotEqual(done.returncode, 0)
         self.assertLess(time.monotonic() - began, 60)
+
+    # -- the README
+
+    def test_every_command_in_the_readme_is_understood_and_runs(self):
+        readme = (HERE / "README.md").read_text()
+        found = re.findall(r"(?:python|torchrun --nproc-per-node=\d+) (train|sample)\.py((?: [^`&#\n]*)?)", readme)
+        self.assertGreater(len(found), 25)
+        self.trained()
+        self.trained("--classifier", out=str(self.folder / "classifier.pt"))
+        self.trained("--conditional", out=str(self.folder / "conditional.pt"))
+        here = os.getcwd()
+        os.chdir(self.folder)
+        self.addCleanup(os.chdir, here)
+        for script, flags in sorted(set(found)):
+            with self.subTest(script + flags):
+                argv = [a for a in shlex.split(flags) if a != "..."]
+                if script == "train":
+                    train.parse_args(argv)                                  # as written, then as small as can be
+                    small = ["--dataset", self.npy, "--channels", "8", "--multipliers", "1,2", "--batch-size", "2", "--steps", "1"]
+                    only = ["--only", "1"] if "--only" in argv else []
+                    evaluated = ["--evaluate", self.pt] if "--evaluate" in argv else []
+                    argv = [a for a in argv if a not in ("--resume", "--compile")]
+                    out = [] if evaluated else ["--out", str(self.folder / "readme.pt")]
+                    code, _, err = self.run_main(train, *argv, *small, *only, *evaluated, *out)
+                else:
+                    sample.parse_args(argv)
+                    label = ["--label", "1"] if "--label" in argv else []
+                    small = ["--n", "2", "--steps", "2", "--data-dir", str(self.folder)]
+                    code, _, err = self.run_main(sample, *argv, *small, *label)
+                self.assertEqual(code, 0, err)
+
+    def test_every_flag_is_explained_with_its_default(self):
+        for script in (train, sample):
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out), self.assertRaises(SystemExit) as stop:
+                script.parse_args(["--help"])
+            self.assertEqual(stop.exception.code, 0)
+            for flag in ("--out", "--steps", "--device", "--seed"):
+                self.assertIn(flag, out.getvalue())
+            self.assertGreater(out.getvalue().count("(default: "), 10)
+
+    def test_every_test_that_the_readme_names_exists_and_every_name_in_its_table_too(self):
+        readme, source = (HERE / "README.md").read_text(), Path(__file__).read_text()
+        for name in re.findall(r"`(test_\w+)`", readme):
+            self.assertIn(f"def {name}(", source)
+        for pattern in re.findall(r"-k (\w+)", readme):
+            self.assertRegex(source, rf"(class|def) \w*{pattern}" if pattern != "name" else "")
+        for name in re.findall(r"\| `(?:GaussianDiffusion\.)?(\w+)`", readme):
+            self.assertTrue(hasattr(ddpm.GaussianDiffusion, name) or hasattr(ddpm, name) or name.startswith("alphas") or
+                            name in ("betas", "clip_denoised", "variance"), name)
+
+    def test_importing_the_maths_the_network_and_the_data_costs_torch_and_numpy_and_no_more(self):
+        code = ("import sys, torch, numpy; before = set(sys.modules); import ddpm, unet, data\n"
+                "new = {m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+                "assert new <= {'ddpm', 'unet', 'data', 'torch', 'numpy', 'sympy', 'mpmath'}, new")
+        subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+        for name, allowed in (("ddpm", set()), ("unet", set()), ("data", set()), ("train", {"data", "unet", "ddpm"}),
+                              ("sample", {"data", "unet", "ddpm", "train"})):
+            tree = ast.parse((HERE / f"{name}.py").read_text())
+            imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+            imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+            ours = {"ddpm", "unet", "data", "train", "sample"}
+            self.assertLessEqual(imported & ours, allowed)
+            roots = {m.split(".")[0] for m in imported} - ours - set(sys.stdlib_module_names)
+            self.assertLessEqual(roots, {"torch", "numpy"})
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ def parse_args(argv=None):
     flag("--weight-decay", 0.0, "as in AdamW", type=number(float, 0))
     flag("--ema", 0.999, "decay of the averaged weights, which samples are drawn with (the paper: 0.9999)",
          type=number(float, 0, below=1))
-    flag("--precision", "auto", "auto: bf16 where CUDA or the CPU (AMX) has units for it, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    flag("--precision", "auto", "auto: bf16 where CUDA or the CPU (AMX) has units for it, else fp32",
+         choices=("auto", "fp32", "bf16", "fp16"))
     flag("--compile", False, "torch.compile the network: a minute's wait, then faster on CUDA", action="store_true")
     flag("--checkpointing", False, "compute blocks twice rather than remember them: less memory, more time", action="store_true")
     flag("--seed", 0, "of everything random", type=SEED)
@@ -152,7 +153,7 @@ def parse_args(argv=None):
     args.out = args.out or ("classifier.pt" if args.classifier else "ddpm.pt")
     if args.flip is None:
         args.flip = data.DATASETS[args.dataset].flip if args.dataset in data.DATASETS else True
-    parts = args.accumulate * int(os.environ.get("WORLD_SIZE", "1"))
+    parts = args.accumulate * ranks()[1]
     if args.batch_size % parts:
         parser.error(f"--batch-size {args.batch_size} does not divide into {parts} equal parts (processes x --accumulate)")
     if any(args.channels * m % args.heads for m in args.multipliers) or not args.multipliers:
@@ -177,6 +178,11 @@ def find_label(text, classes):
 
 
 # ------------------------------------------------------------------------------------- from settings to networks and back
+
+
+def ranks():
+    """This process's number, how many there are, and its number on this machine, as torchrun tells it; 0, 1, 0 without."""
+    return tuple(int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
 
 
 def pick_device(name):
@@ -209,7 +215,8 @@ def make_diffusion(timesteps, schedule, beta_start, beta_end, beta_min, beta_max
 def settings_of(args):
     """What --resume must find unchanged, in two dicts: of the diffusion, and of the training."""
     return {group: {name: getattr(args, name) for name in names} for group, names in (
-        ("diffusion", ("timesteps", "schedule", "beta_start", "beta_end", "beta_min", "beta_max", "prediction", "variance", "loss")),
+        ("diffusion", ("timesteps", "schedule", "beta_start", "beta_end", "beta_min", "beta_max", "prediction", "variance",
+                       "loss")),
         ("training", ("dataset", "only", "flip", "batch_size", "accumulate", "lr", "warmup", "weight_decay", "ema",
                       "label_dropout", "precision", "seed")))}
 
@@ -272,10 +279,12 @@ def check_fields(checkpoint):
         return type(value) is int and 1 <= value <= high
 
     network, (C, H, W), classes = checkpoint["network"], checkpoint["shape"], checkpoint["classes"]
-    sizes = {"in_channels": 3, "out_channels": 6, "channels": 2**14, "blocks": 64, "patch": 64, "heads": 2**14, "image_size": 2**14}
+    sizes = {"in_channels": 3, "out_channels": 6, "channels": 2**14, "blocks": 64, "patch": 64, "heads": 2**14,
+             "image_size": 2**14}
     for right, field in (
             (checkpoint["format"] == FORMAT, "format"), (checkpoint["kind"] in ("ddpm", "classifier"), "kind"),
-            (type(checkpoint["step"]) is int and checkpoint["step"] >= 0, "step"), (isinstance(checkpoint["training"], dict), "training"),
+            (type(checkpoint["step"]) is int and checkpoint["step"] >= 0, "step"),
+            (isinstance(checkpoint["training"], dict), "training"),
             (C == network["in_channels"] and whole(H, 2**14) and whole(W, 2**14), "shape"),
             (type(classes) is tuple and 1 <= len(classes) <= 2**16 and all(type(name) is str for name in classes), "classes"),
             *((whole(network[name], high), name) for name, high in sizes.items()),
@@ -367,7 +376,8 @@ class Run:
         self.importance = ImportanceSampler(args.timesteps).to(device)
         self.weights = list(self.network.parameters())
         self.ema = [w.detach().clone() for w in self.weights]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+        # beta_2 = 0.99 rather than Adam's 0.999: a run of minutes should not average gradients over most of itself.
+        self.optimizer = torch.optim.AdamW(self.weights, args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=True)
         # The scaler is there for fp16, and in any precision for what it does on the way: a step whose gradient is not
         # finite is skipped on the device, without the host having to look.
         self.dtype = pick_dtype(args.precision, device)
@@ -421,7 +431,8 @@ class Run:
         noise = torch.randn_like(x_0)
         size, losses = len(x_0) // (self.world * self.args.accumulate), []
         for k in range(self.args.accumulate):
-            part = slice((self.rank * self.args.accumulate + k) * size, (self.rank * self.args.accumulate + k + 1) * size)
+            first = (self.rank * self.args.accumulate + k) * size
+            part = slice(first, first + size)
             last = k == self.args.accumulate - 1
             with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
                 losses.append(self.losses(x_0[part], None if y is None else y[part], t[part], noise[part]))
@@ -458,15 +469,15 @@ class Run:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {**self.fixed, "step": self.done, "ema": dict(zip(names, self.ema, strict=True)), "model": self.network.state_dict(),
-                "optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict(),
+        return {**self.fixed, "step": self.done, "ema": dict(zip(names, self.ema, strict=True)),
+                "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict(),
                 "importance": self.importance.state_dict(), "rng": rng}
 
     def restore(self, path):
         """Go on from a checkpoint. ValueError if it was made with other settings, or is damaged."""
         checkpoint, _ = read_checkpoint(path)
-        old, new = ({"kind": state["kind"], "shape": state["shape"], **state["network"], **state["diffusion"], **state["training"]}
-                    for state in (checkpoint, self.fixed))
+        old, new = ({"kind": state["kind"], "shape": state["shape"], **state["network"], **state["diffusion"],
+                     **state["training"]} for state in (checkpoint, self.fixed))
         if old != new:
             differ = ", ".join(f"{k} was {old.get(k)!r} and is {new[k]!r}" for k in new if old.get(k) != new[k])
             raise ValueError(f"--resume cannot go on from {path} with other settings: {differ}")
@@ -493,7 +504,7 @@ class Run:
 
 def train(args):
     """The training loop."""
-    rank, world, local = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    rank, world, local = ranks()
     device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
