@@ -506,6 +506,8 @@ def train(args):
     """The training loop."""
     rank, world, local = ranks()
     device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = data.say if rank == 0 else (lambda text, done=False: None)
@@ -521,8 +523,13 @@ def train(args):
     exists = os.path.exists(args.out)
     if args.resume and exists:
         run.restore(args.out)
-        if run.done >= args.steps:
-            return say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
+    if world > 1:
+        steps = torch.tensor([run.done, -run.done], device=device)
+        dist.all_reduce(steps, dist.ReduceOp.MIN)
+        if int(steps.sum()):
+            raise ValueError(f"--resume: not every machine has the same {args.out}; copy it to all of them")
+    if args.resume and run.done >= args.steps:
+        return say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
     say(f"{len(images):,} images {'x'.join(map(str, images.shape[1:]))}, {sum(w.numel() for w in run.weights):,} parameters, "
         f"{device}, {str(run.dtype)[6:]}, steps {run.done} to {args.steps} of {args.batch_size} images", done=True)
 
