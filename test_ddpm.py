@@ -1457,8 +1457,8 @@ class Commands(InTemporaryFolder):
                 self.assertEqual(code, 0, err)
 
     def test_parts_of_a_batch_are_averaged_not_summed(self):
-        self.trained(out=self.pt)
-        self.trained("--accumulate", "4", out=str(self.folder / "parts.pt"))
+        self.trained("--precision", "fp32")
+        self.trained("--precision", "fp32", "--accumulate", "4", out=str(self.folder / "parts.pt"))
         for name, w in self.weights()["model"].items():
             torch.testing.assert_close(w, self.weights(self.folder / "parts.pt")["model"][name], rtol=1e-3, atol=1e-4)
 
@@ -1632,8 +1632,8 @@ class Commands(InTemporaryFolder):
     # -- several processes
 
     def test_two_processes_train_what_one_does_and_draw_what_one_does(self):
-        one = self.trained()
-        flags = ["--dataset", self.npy, *SMALL, "--steps", "6"]
+        one = self.trained("--precision", "fp32")
+        flags = ["--dataset", self.npy, *SMALL, "--steps", "6", "--precision", "fp32"]
         both = torchrun(2, HERE / "train.py", *flags, "--out", self.folder / "two.pt")
         self.assertEqual(both.returncode, 0, both.stderr)
         self.assertEqual(both.stdout.count("Next:"), 1)                      # the first process alone speaks
@@ -1695,14 +1695,14 @@ class Commands(InTemporaryFolder):
             self.assertEqual(stop.exception.code, 0)
             for flag in ("--out", "--steps", "--device", "--seed"):
                 self.assertIn(flag, out.getvalue())
-            self.assertGreater(out.getvalue().count("(default: "), 10)
+            self.assertGreater(out.getvalue().count("(default: "), 8)
 
     def test_every_test_that_the_readme_names_exists_and_every_name_in_its_table_too(self):
         readme, source = (HERE / "README.md").read_text(), Path(__file__).read_text()
         for name in re.findall(r"`(test_\w+)`", readme):
             self.assertIn(f"def {name}(", source)
         for pattern in re.findall(r"-k (\w+)", readme):
-            self.assertRegex(source, rf"(class|def) \w*{pattern}" if pattern != "name" else "")
+            self.assertRegex(source, "import" if pattern == "name" else rf"(class|def) \w*{pattern}")
         for name in re.findall(r"\| `(?:GaussianDiffusion\.)?(\w+)`", readme):
             self.assertTrue(hasattr(ddpm.GaussianDiffusion, name) or hasattr(ddpm, name) or name.startswith("alphas") or
                             name in ("betas", "clip_denoised", "variance"), name)
