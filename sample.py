@@ -6,6 +6,7 @@
     python sample.py --n 10000 --out s.npy --score c.pt         for other tools, and its quality in a classifier's eyes
 """
 import functools
+import math
 import time
 
 import numpy as np
@@ -57,6 +58,7 @@ def parse_args(argv=None):
     flag("--trajectory", None, "also a film strip of 8 images from x_T to x_0, each above its predicted x_0 (Figure 6)",
          metavar="FILE")
     flag("--movie", None, "also the reverse process as an animated PNG", metavar="FILE.png")
+    flag("--nearest", None, "also 10 images, each beside the 5 training images nearest to it: does it memorise?", metavar="FILE")
     flag("--score", None, "also the samples' Frechet distance to the test set in the features of this classifier, and its "
          "accuracy on their labels", metavar="FILE.pt")
 
@@ -71,13 +73,13 @@ def parse_args(argv=None):
         parser.error("--eta belongs to --sampler ddim; ddpm's noise was chosen in training (--variance)")
     grids = (".pgm", ".ppm", ".png")
     try:
-        for path, allowed in ((args.out, (*grids, ".npy")), (args.movie, (".png",)), (args.trajectory, grids),
+        for path, allowed in ((args.out, (*grids, ".npy")), (args.movie, (".png",)), (args.trajectory, grids), (args.nearest, grids),
                               (args.forward, grids), (args.reconstruct, grids), (args.interpolate, grids)):
             if path:
                 data.check_suffix(path, allowed)
     except ValueError as error:
         parser.error(str(error))
-    for path in filter(None, (args.out, args.trajectory, args.movie, args.forward, args.reconstruct, args.interpolate)):
+    for path in filter(None, (args.out, args.trajectory, args.movie, args.nearest, args.forward, args.reconstruct, args.interpolate)):
         data.check_writable(path)
     return args
 
@@ -243,6 +245,16 @@ def draw_interpolation(args, network, diffusion, checkpoint, device):
 # ----------------------------------------------------------------------------------------------------------------- quality
 
 
+def draw_nearest(args, checkpoint, pixels):
+    """--nearest: rows of a sample and the 5 training images at the smallest root mean square distance from it."""
+    images, _ = data.load_dataset(checkpoint["training"]["dataset"], "train", args.data_dir)
+    chosen = pixels[:10]
+    distances = torch.cdist(chosen.flatten(1).float(), images.flatten(1).float()) / math.sqrt(images[0].numel())
+    near, index = distances.topk(5, largest=False)
+    data.save_image(args.nearest, *rows(chosen, *(images[k] for k in index.T)))
+    print(f"wrote {args.nearest}; the nearest training images are {near[:, 0].mean():.1f} of 255 away on average")
+
+
 def frechet_distance(f, g):
     """Between Gaussians fitted to features f (N, F) and g (M, F): |m - n|^2 + tr(C + D - 2 (C D)^(1/2)), in float64."""
     (m, C), (n, D) = ((x.double().mean(0), torch.cov(x.double().T)) for x in (f, g))
@@ -298,7 +310,7 @@ def main(argv=None):
         if args.out or not (args.forward or args.reconstruct or args.interpolate):
             args.out = args.out or ("samples.ppm" if colour else "samples.pgm")
             strip = Recorder(steps, 11 if args.trajectory else 0, 8)
-            movie = Recorder(steps, 61 if args.movie else 0, 64)
+            movie = Recorder(steps, 41 if args.movie else 0, 64)
 
             def on_step(t, x_t, x_0):
                 strip(t, x_t, x_0)
@@ -307,6 +319,8 @@ def main(argv=None):
             pixels = draw(args, network, diffusion, checkpoint, labels, device, on_step)
             if rank == 0:
                 write(args, checkpoint, pixels, labels, strip.frames, movie.frames)
+                if args.nearest:
+                    draw_nearest(args, checkpoint, pixels)
                 if args.score:
                     score(args, checkpoint, pixels, labels, device)
     if world > 1:

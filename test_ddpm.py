@@ -1386,7 +1386,8 @@ class Commands(InTemporaryFolder):
         self.trained("--variance", "learned_range", "--loss", "hybrid", "--prediction", "v", "--schedule", "cosine")
         for options in (("--steps", "1"), ("--steps", "7"), ("--sampler", "ddim"), ("--sampler", "ddim", "--eta", "1", "--steps", "3")):
             self.sampled("--n", "3", "--out", self.folder / "s.png", "--trajectory", self.folder / "t.png",
-                         "--movie", self.folder / "m.png", *options)
+                         "--movie", self.folder / "m.png", "--nearest", self.folder / "n.png", *options)
+            self.assertEqual(decode_png((self.folder / "n.png").read_bytes())[0].shape, (3 * 8, 6 * 8, 1))
             self.assertEqual(decode_png((self.folder / "s.png").read_bytes())[0].shape, (16, 16, 1))
             strip = decode_png((self.folder / "t.png").read_bytes())[0]
             steps = {"1": 1, "7": 7}.get(options[1], 20 if len(options) == 2 else 3)
@@ -1704,8 +1705,8 @@ class Commands(InTemporaryFolder):
         for pattern in re.findall(r"-k (\w+)", readme):
             self.assertRegex(source, "import" if pattern == "name" else rf"(class|def) \w*{pattern}")
         for name in re.findall(r"\| `(?:GaussianDiffusion\.)?(\w+)`", readme):
-            self.assertTrue(hasattr(ddpm.GaussianDiffusion, name) or hasattr(ddpm, name) or name.startswith("alphas") or
-                            name in ("betas", "clip_denoised", "variance"), name)
+            theirs = name.startswith("alphas") or name in ("betas", "clip_denoised")
+            self.assertTrue(theirs or hasattr(GaussianDiffusion(STEEP), name) or hasattr(ddpm, name), name)
 
     def test_importing_the_maths_the_network_and_the_data_costs_torch_and_numpy_and_no_more(self):
         code = ("import sys, torch, numpy; before = set(sys.modules); import ddpm, unet, data\n"
