@@ -361,6 +361,7 @@ def save_movie(path, frames, columns=None, seconds=4.0, hold=2.0):
 
 
 def check_suffix(path, allowed):
+    """The suffix of a file's name, in small letters; ValueError unless it is one of `allowed`."""
     suffix = Path(path).suffix.lower()
     if suffix not in allowed:
         raise ValueError(f"{path}: the file name must end in {' or '.join(allowed)}")

@@ -512,12 +512,14 @@ def slerp(a, b, weights):
 
 
 def check_timesteps(timesteps):
+    """T as an int; ValueError unless it is a whole number of at least 1."""
     if timesteps != int(timesteps) or timesteps < 1:
         raise ValueError(f"timesteps (T) must be a whole number of at least 1, not {timesteps}")
     return int(timesteps)
 
 
 def check_choice(name, value, allowed):
+    """value, if it is one of `allowed`; ValueError otherwise."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
     return value

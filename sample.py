@@ -31,6 +31,7 @@ from train import (
 
 
 def parse_args(argv=None):
+    """The settings, every one of them checked here; what is wrong is one line and exit code 2."""
     parser = Parser(__doc__)
     flag = parser.section("what to draw")
     flag("--checkpoint", "ddpm.pt", "made by train.py", metavar="FILE.pt")
@@ -289,6 +290,7 @@ def score(args, checkpoint, pixels, labels, device):
 
 
 def main(argv=None):
+    """Load, draw, write."""
     args = parse_args(argv)
     rank, world, local = ranks()
     device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
@@ -329,6 +331,7 @@ def main(argv=None):
 
 @torch.inference_mode()
 def draw_others(args, network, diffusion, checkpoint, device):
+    """The pictures that are not samples."""
     if args.forward:
         draw_forward(args, diffusion, checkpoint, device)
     if args.reconstruct:

@@ -90,6 +90,7 @@ COUNT, SEED = number(int, 1), number(int, 0, 2**63 - 1)
 
 
 def parse_args(argv=None):
+    """The settings, every one of them checked here; what is wrong is one line and exit code 2."""
     parser = Parser(__doc__)
     flag = parser.section("data")
     flag("--dataset", "fashion-mnist", "fashion-mnist, mnist, cifar10, or a FILE.npy of uint8 images")
@@ -255,6 +256,8 @@ def load_checkpoint(path, device, kind="ddpm"):
 
 def read_checkpoint(path):
     """A checkpoint's dict, checked, and its network without weights. ValueError if it is not one, or is damaged."""
+    if not os.path.exists(path):
+        raise ValueError(f"there is no {path}: make it with python train.py, or name another one")
     try:
         with zipfile.ZipFile(path) as archive:       # what torch.save writes: an archive that is not compressed
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
@@ -578,6 +581,7 @@ def stop_agreed(stopped, run):
 
 
 def clock(seconds):
+    """Seconds as 4:05 or 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
@@ -650,6 +654,7 @@ def evaluate(args):
 
 
 def main(argv=None):
+    """Train, or evaluate, as the flags say."""
     args = parse_args(argv)
     (evaluate if args.evaluate else train)(args)
 
