@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
 
         def flag(name, default, help, **kind):
-            shown = "" if default in (None, False) else f" (default: {default})"
+            shown = "" if default is None or default is False or default == "" else f" (default: {default})"
             group.add_argument(name, default=default, help=help.replace("%", "%%") + shown, **kind)
 
         return flag
@@ -100,13 +100,13 @@ def parse_args(argv=None):
          "most shoes face one way)", action=argparse.BooleanOptionalAction)
 
     flag = parser.section("diffusion")
-    flag("--timesteps", 1000, "T", type=COUNT)
-    flag("--schedule", "linear", "of beta_t", choices=("linear", "cosine"))
+    flag("--timesteps", 1000, "T, the number of steps from image to noise (the paper: 1000)", type=COUNT)
+    flag("--schedule", "linear", "of beta_t: the paper's, or iDDPM's cosine", choices=("linear", "cosine"))
     flag("--beta-start", 1e-4, "beta_1 of the linear schedule", type=float)
     flag("--beta-end", 0.02, "beta_T of the linear schedule", type=float)
     flag("--beta-min", 0.0, "clip the cosine schedule's betas from below", type=number(float, 0, below=1))
     flag("--beta-max", 0.999, "and from above", type=number(float, above=0, below=1))
-    flag("--prediction", "eps", "what the network predicts", choices=PREDICTIONS)
+    flag("--prediction", "eps", "what the network predicts (the paper: eps)", choices=PREDICTIONS)
     flag("--variance", "beta", "sigma_t^2 of the reverse process; learned_range is iDDPM's", choices=VARIANCES)
     flag("--loss", "mse", "mse is the paper's L_simple; vlb draws t by its loss (iDDPM Eq. 18)", choices=LOSSES)
 
@@ -114,7 +114,7 @@ def parse_args(argv=None):
     flag("--channels", 32, "of the widest feature map (the paper: 128)", type=COUNT)
     flag("--multipliers", "1,2", "channels of each resolution, times --channels (the paper: 1,2,2,2)", type=numbers)
     flag("--blocks", 1, "residual blocks per resolution (the paper: 2)", type=COUNT)
-    flag("--attention", "", "sizes of the feature maps that get attention, e.g. 7,14 (the paper: 16)", type=numbers)
+    flag("--attention", "", "sizes of the feature maps that get attention, e.g. 7,14; the middle always does (the paper: 16)", type=numbers)
     flag("--heads", 1, "of the attention", type=COUNT)
     flag("--dropout", 0.0, "in the residual blocks (the paper: 0.1 on CIFAR-10)", type=number(float, 0, below=1))
     flag("--patch", 2, "pixels gathered into one along each side (the paper: 1)", type=COUNT)
