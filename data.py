@@ -104,6 +104,21 @@ def load_dataset(name, split="train", root="data"):
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
+def class_names(name, labels):
+    """What the labels 0, 1, ... of a data set are called: a FILE.npy's "0", "1", ..., as far as its `labels` (N,) go."""
+    return DATASETS[name].classes if name in DATASETS else tuple(str(k) for k in range(int(labels.max()) + 1))
+
+
+def find_label(text, classes):
+    """The index of a class given by its name, in any case, or by its index. ValueError lists the classes."""
+    names = [name.lower() for name in classes]
+    if text.lower() in names:
+        return names.index(text.lower())
+    if text.isdecimal() and int(text) < len(classes):
+        return int(text)
+    raise ValueError(f"no label {text!r}: use an index 0..{len(classes) - 1} or one of {', '.join(classes[:100])}")
+
+
 def read_at_most(file, size):
     """Up to `size` bytes of an open file, in pieces, so that a header's lie about its size costs no memory."""
     pieces = []
@@ -305,7 +320,7 @@ def atomic(path):
             os.fsync(file.fileno())
         os.replace(part, target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(part)
@@ -315,7 +330,8 @@ def check_writable(path):
     """OSError now, rather than after hours of work, if `path` could not be written."""
     folder = os.path.dirname(os.path.realpath(path))
     try:
-        if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        exists = os.path.exists(path)
+        if (exists and not os.path.isfile(path)) or not os.access(path if exists else folder, os.W_OK):
             raise OSError(errno.EACCES, "cannot be written")
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -329,7 +345,7 @@ def grid(images, columns=None):
     N, C, H, W = images.shape
     if N == 0:
         raise ValueError("no images to draw")
-    columns = columns or math.ceil(math.sqrt(N))
+    columns = min(columns or math.ceil(math.sqrt(N)), N)
     rows = math.ceil(N / columns)
     cells = torch.cat([images, images.new_zeros(rows * columns - N, C, H, W)]).reshape(rows, columns, C, H, W)
     return cells.permute(0, 3, 1, 4, 2).reshape(rows * H, columns * W, C).numpy()

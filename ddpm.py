@@ -8,7 +8,7 @@ Conventions. "Eq. 4" is the paper's; other papers are named. t runs 1 .. T as in
 means clean data (beta_0 = 0, alpha_bar_0 = 1), so alpha_bar_{t-1} needs no special case. Images are float32 in [-1, 1].
 A model is any callable (x_t, t) -> prediction, with x_t (B, C, H, W) and t (B,) int64; labels are bound before it comes
 here (a lambda, or one of the guidance wrappers at the end). Schedules are worked out in float64 on the CPU and only then
-rounded to float32: 1 - 0.9999 taken in float32 is already off by 1.7e-4.
+rounded to float32: 1 - 0.9999 taken in float32 is off by 1.7e-4 of its value.
 """
 import itertools
 import math
@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PREDICTIONS = ("eps", "x0", "mean", "v")
-VARIANCES = ("beta", "posterior", "learned_range", "learned")
-LOSSES = ("mse", "l1", "huber", "vlb", "hybrid")
+CHOICES = {"prediction": ("eps", "x0", "mean", "v"), "variance": ("beta", "posterior", "learned_range", "learned"),
+           "loss": ("mse", "l1", "huber", "vlb", "hybrid")}
 
 
 def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
@@ -30,16 +29,7 @@ def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
         if not 0 < beta < 1:
             raise ValueError(f"beta must lie strictly between 0 and 1, not {beta}: a step with beta = 0 adds no noise, "
                              "so it has no reverse; beta = 1 leaves nothing of x_0, and Eq. 15 would divide by zero")
-    return torch.linspace(beta_start, beta_end, check_timesteps(timesteps), dtype=torch.float64)
-
-
-def noisy_end_advice(alpha_bar_T, timesteps):
-    """What to tell a person whose x_T is not noise."""
-    start, end = 1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps
-    cure = "the cosine schedule" if end >= 1 else (
-        f"a linear schedule of {timesteps} steps with beta_start={start:.3g} and beta_end={end:.3g} (the paper's, times 1000/T)")
-    return (f"alpha_bar_T = {alpha_bar_T:.3g}: x_T keeps {math.sqrt(alpha_bar_T):.0%} of the image's amplitude, but "
-            f"sampling starts from pure noise, which the network never saw; samples suffer. What ends in noise: {cure}")
+    return torch.linspace(beta_start, beta_end, whole(timesteps), dtype=torch.float64)
 
 
 class GaussianDiffusion(nn.Module):
@@ -56,27 +46,25 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, betas, prediction="eps", variance="beta", loss="mse"):
         super().__init__()
-        betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
+        betas = torch.as_tensor(betas.cpu() if torch.is_tensor(betas) else betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError("betas must be one row of numbers strictly between 0 and 1")
-        self.prediction = check_choice("prediction", prediction, PREDICTIONS)
-        self.variance = check_choice("variance", variance, VARIANCES)
-        self.loss = check_choice("loss", loss, LOSSES)
+        self.timesteps, self.prediction, self.variance, self.loss = len(betas), prediction, variance, loss
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        self.learns_variance = variance.startswith("learned")
         if loss == "hybrid" and not self.learns_variance:
             raise ValueError("loss 'hybrid' adds L_vlb for the variance alone (its mean is held fixed): with variance "
                              f"{variance!r} that term has no gradient. Use 'learned_range' or 'learned', or loss 'mse'")
-        self.timesteps = len(betas)
 
         beta = F.pad(betas, (1, 0))                                              # beta_0 = 0: clean data
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)                                             # alpha_bar_0 = 1
-        if alpha_bar[-1] < 1e-36:
-            raise ValueError(f"alpha_bar_T = {alpha_bar[-1]:.0e} is too small for float32: use fewer steps or smaller betas")
-        if alpha_bar[-1] > 0.01:
-            warnings.warn(noisy_end_advice(float(alpha_bar[-1]), self.timesteps), stacklevel=2)
         before = F.pad(alpha_bar, (1, 0), value=1)[:-1]                          # alpha_bar_{t-1}
         rest = (1 - alpha_bar).clamp(min=betas[0])                               # 1 - alpha_bar_t; never 0 in a denominator
         posterior_variance = (1 - before) / rest * beta                          # Eq. 7: 0 at t = 1
+        check_end(float(alpha_bar[-1]), self.timesteps)
         # A logarithm cannot take the 0 at t = 1; beta-tilde_2 stands in for it, there and in "beta", as in Ho's code.
         # Samples do not see it (no noise is added at t = 1); the decoder L_0 does.
         stand_in = posterior_variance[2] if self.timesteps > 1 else beta[1]
@@ -85,20 +73,13 @@ class GaussianDiffusion(nn.Module):
 
         self.exact_alpha_bar = alpha_bar                                         # float64, and stays on the CPU
         tables = {
-            "beta": beta, "alpha": alpha, "alpha_bar": alpha_bar, "posterior_variance": posterior_variance,
-            "sqrt_beta": beta.sqrt(), "sqrt_alpha": alpha.sqrt(),
-            "sqrt_alpha_bar": alpha_bar.sqrt(), "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
-            "eps_weight": beta / rest.sqrt(),                                    # of eps in Eq. 11
+            "beta": beta, "alpha": alpha, "alpha_bar": alpha_bar, "one_minus_alpha_bar": 1 - alpha_bar,
+            "posterior_variance": posterior_variance, "fixed_variance": fixed_variance,
             "x_0_weight": before.sqrt() * beta / rest, "x_t_weight": alpha.sqrt() * (1 - before) / rest,      # in Eq. 7
             "log_beta": torch.cat([beta[1:2], beta[1:]]).log(), "log_posterior_variance": positive_posterior.log(),
-            "fixed_variance": fixed_variance, "log_fixed_variance": fixed_variance.log(),
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
-
-    @property
-    def learns_variance(self):
-        return self.variance.startswith("learned")
 
     def times(self, t, x):
         """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T, where that is cheap to see."""
@@ -112,12 +93,12 @@ class GaussianDiffusion(nn.Module):
     def q_step(self, x_prev, t, noise=None):
         """x_t ~ q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), one step of the chain (Eq. 2)."""
         t, noise = self.times(t, x_prev), self.normal_eps(x_prev, noise)
-        return at(self.sqrt_alpha, t) * x_prev + at(self.sqrt_beta, t) * noise
+        return at(self.alpha, t).sqrt() * x_prev + at(self.beta, t).sqrt() * noise
 
     def q_sample(self, x_0, t, noise=None):
         """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), in one go (Eq. 4)."""
         t, noise = self.times(t, x_0), self.normal_eps(x_0, noise)
-        return at(self.sqrt_alpha_bar, t) * x_0 + at(self.sqrt_one_minus_alpha_bar, t) * noise
+        return at(self.alpha_bar, t).sqrt() * x_0 + at(self.one_minus_alpha_bar, t).sqrt() * noise
 
     def q_posterior(self, x_0, x_t, t):
         """q(x_{t-1} | x_t, x_0) = N(mu-tilde_t, beta-tilde_t I) -> mean (B, C, H, W), variance (B, 1, 1, 1) (Eqs. 6-7)."""
@@ -142,21 +123,21 @@ class GaussianDiffusion(nn.Module):
         """t ~ Uniform({1, ..., T}), T included: (B,) int64, unless t is given."""
         return torch.randint(1, self.timesteps + 1, (len(x_0),), device=x_0.device) if t is None else self.times(t, x_0)
 
-    def normal_eps(self, x_0, noise=None):
-        """eps ~ N(0, I) of x_0's shape, unless `noise` is given."""
-        return torch.randn_like(x_0) if noise is None else noise
+    def normal_eps(self, x, noise=None, generator=None):
+        """eps ~ N(0, I) of x's shape, unless `noise` is given."""
+        return randn(x.shape, x.device, generator) if noise is None else noise
 
     def distance(self, output, x_0, x_t, t, eps):
-        """How far the model's output (B, ...) is from what it should be -> (B,): the paper's L_simple, or what `loss` says.
-
-        L_simple (Eq. 14) is a mean over the pixels here, not a sum, so that it reads the same at every image size.
-        """
+        """How far the model's output (B, ...) is from what it should be -> (B,): the paper's L_simple, or what `loss` says."""
         if self.loss == "vlb":
-            return self.l_vlb(output, x_0, x_t, t, eps)
+            return self.l_vlb(output, x_0, x_t, t)
         if self.loss == "hybrid":
             return self.l_hybrid(output, x_0, x_t, t, eps)
-        pixelwise = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[self.loss]
-        prediction = self.split(output, x_t)[0]
+        return self.l_simple(output, x_0, x_t, t, eps, {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[self.loss])
+
+    def l_simple(self, output, x_0, x_t, t, eps, pixelwise=F.mse_loss):
+        """Eq. 14, (B,); a mean over the pixels rather than a sum, so that it reads the same at every image size."""
+        prediction, _ = self.split(output, x_t)
         return pixelwise(prediction, self.target(x_0, x_t, t, eps), reduction="none").flatten(1).mean(1)
 
     def target(self, x_0, x_t, t, eps):
@@ -171,7 +152,7 @@ class GaussianDiffusion(nn.Module):
             return x_0
         if self.prediction == "mean":
             return self.q_posterior(x_0, x_t, t)[0]
-        return at(self.sqrt_alpha_bar, t) * eps - at(self.sqrt_one_minus_alpha_bar, t) * x_0
+        return at(self.alpha_bar, t).sqrt() * eps - at(self.one_minus_alpha_bar, t).sqrt() * x_0
 
     # --------------------------------------------------------------------------------- Section 3.2: the reverse process
 
@@ -192,7 +173,7 @@ class GaussianDiffusion(nn.Module):
         """
         t = self.times(t, x_t)
         output, _ = self.split(model(x_t, t), x_t)
-        signal, noise = at(self.sqrt_alpha_bar, t), at(self.sqrt_one_minus_alpha_bar, t)
+        signal, noise = at(self.alpha_bar, t).sqrt(), at(self.one_minus_alpha_bar, t).sqrt()
         if self.prediction == "eps":
             eps, x_0 = output, (x_t - noise * output) / signal                                        # Eq. 15
         elif self.prediction == "v":
@@ -210,25 +191,21 @@ class GaussianDiffusion(nn.Module):
 
         The mean is Eq. 11. With the pair (eps, x_0) of `predict` this is also Eq. 7 at that x_0, clipped or not.
         """
-        mean, log_variance, x_0 = self.p_mean_log_variance(model, x_t, t, clip)
-        variance = log_variance.exp() if self.learns_variance else at(self.fixed_variance, self.times(t, x_t))
-        return mean, variance, x_0
-
-    def p_mean_log_variance(self, model, x_t, t, clip=True):
         t = self.times(t, x_t)
         output = model(x_t, t)
-        eps, x_0 = self.predict(lambda x_t, t: output, x_t, t, clip)
-        mean = (x_t - at(self.eps_weight, t) * eps) / at(self.sqrt_alpha, t)                          # Eq. 11
-        return mean, self.log_variance(self.split(output, x_t)[1], t), x_0
+        eps, x_0 = self.predict(answered(output), x_t, t, clip)
+        eps_weight = at(self.beta, t) / at(self.one_minus_alpha_bar, t).sqrt()
+        mean = (x_t - eps_weight * eps) / at(self.alpha, t).sqrt()                                    # Eq. 11
+        return mean, self.sigma_squared(self.split(output, x_t)[1], t), x_0
 
-    def log_variance(self, channels, t):
-        """log sigma_t^2: a table (Section 3.2), or from the model's variance channels."""
+    def sigma_squared(self, channels, t):
+        """The variance of p_theta: of a table (Section 3.2), or from the model's variance channels (B, C, H, W)."""
         if self.variance == "learned":
-            return channels
+            return channels.exp()
         if self.variance == "learned_range":                     # -1 .. 1 runs from beta-tilde_t to beta_t (iDDPM Eq. 15)
             v = (channels + 1) / 2
-            return v * at(self.log_beta, t) + (1 - v) * at(self.log_posterior_variance, t)
-        return at(self.log_fixed_variance, t)
+            return (v * at(self.log_beta, t) + (1 - v) * at(self.log_posterior_variance, t)).exp()
+        return at(self.fixed_variance, t)
 
     # ----------------------------------------------------------------------------------------------- Algorithm 2: sampling
 
@@ -249,7 +226,7 @@ class GaussianDiffusion(nn.Module):
     def p_sample(self, model, x_t, t, clip=True, generator=None, noise=None):
         """Algorithm 2, lines 3 and 4 -> (x_{t-1}, the x_0 predicted on the way). `noise`, if given, is used as z."""
         t = self.times(t, x_t)
-        z = randn(x_t.shape, x_t.device, generator) if noise is None else noise
+        z = self.normal_eps(x_t, noise, generator)
         z = z * (t > 1)[:, None, None, None]                                    # 3: z ~ N(0, I) if t > 1, else z = 0
         mean, variance, x_0 = self.p_mean_variance(model, x_t, t, clip)
         return mean + variance.sqrt() * z, x_0                                  # 4: Eq. 11 + sigma_t z
@@ -267,11 +244,11 @@ class GaussianDiffusion(nn.Module):
 
         Weight 0 is x_0, 1 is x_0_prime. x_t ~ q(x_t | x_0) and x_t' are drawn once each, and every step's z serves all.
         """
-        x_t, x_t_prime = (self.q_sample(x[None], t, randn(x[None].shape, x.device, generator)) for x in (x_0, x_0_prime))
+        x_t, x_t_prime = (self.q_sample(x[None], t, self.normal_eps(x[None], None, generator)) for x in (x_0, x_0_prime))
         weights = torch.as_tensor(weights, dtype=torch.float32, device=x_0.device)[:, None, None, None]
         x = (1 - weights) * x_t + weights * x_t_prime
         for s in range(t, 0, -1):
-            x, _ = self.p_sample(model, x, s, clip, noise=randn(x_t.shape, x.device, generator))
+            x, _ = self.p_sample(model, x, s, clip, noise=self.normal_eps(x_t, None, generator))
         return x
 
     # ------------------------------------------------------------------- Eq. 5: the variational bound, in bits per dimension
@@ -283,7 +260,7 @@ class GaussianDiffusion(nn.Module):
         Returns a dict of float32: total (B,); prior (B,) = L_T; terms (B, T), column t-1 being L_{t-1} (L_0 first), each
         estimated with one draw of x_t. Section 4.3 calls the first column distortion and the rest rate.
         """
-        draws = (randn(x_0.shape, x_0.device, generator) for _ in range(self.timesteps))
+        draws = (self.normal_eps(x_0, None, generator) for _ in range(self.timesteps))
         terms = [self.vlb_terms(model, x_0, self.q_sample(x_0, t, noise), t, clip) for t, noise in enumerate(draws, start=1)]
         terms = torch.stack(terms, dim=1)
         prior = self.prior_bits(x_0)
@@ -298,25 +275,24 @@ class GaussianDiffusion(nn.Module):
     def vlb_terms(self, model, x_0, x_t, t, clip=True):
         """L_{t-1} of Eq. 5 in bits per dimension (B,): KL(q(x_{t-1}|x_t,x_0) || p_theta(x_{t-1}|x_t)); L_0 at t = 1."""
         t = self.times(t, x_t)
-        mean, log_variance, _ = self.p_mean_log_variance(model, x_t, t, clip)
-        log_ratio = at(self.log_posterior_variance, t) - log_variance
-        distance = (self.q_posterior(x_0, x_t, t)[0] - mean) ** 2 * torch.exp(-log_variance)
-        nats = (torch.expm1(log_ratio) - log_ratio + distance) / 2
+        mean, variance, _ = self.p_mean_variance(model, x_t, t, clip)
+        log_ratio = at(self.log_posterior_variance, t) - variance.log()
+        distance = (self.q_posterior(x_0, x_t, t)[0] - mean) ** 2 / variance
+        nats = (torch.expm1(log_ratio) - log_ratio + distance) / 2                   # KL of two Gaussians
         first = t == 1
         if first.any():
-            log_variance = log_variance.expand_as(mean)
-            decoded = -self.decoder_log_likelihood(x_0[first], mean[first], log_variance[first])
+            decoded = -self.decoder_log_likelihood(x_0[first], mean[first], variance.expand_as(mean)[first])
             nats = nats.masked_scatter(first[:, None, None, None], decoded)
         return nats.flatten(1).mean(1) / math.log(2)
 
     @staticmethod
-    def decoder_log_likelihood(x_0, mean, log_variance):
+    def decoder_log_likelihood(x_0, mean, variance):
         """log p_theta(x_0 | x_1) of Eq. 13, in nats per value, for x_0 in [-1, 1] from 256 levels; all of one shape.
 
         The Gaussian's integral over the bin of x_0's level, 2/255 wide; the outermost bins reach to infinity. log(Phi(b) -
         Phi(a)) is taken on the side where both are small, so the tails are exact and need no floor. In float64 on the CPU.
         """
-        x, mean, sigma = x_0.cpu().double(), mean.cpu().double(), (log_variance.cpu().double() / 2).exp()
+        x, mean, sigma = x_0.cpu().double(), mean.cpu().double(), variance.cpu().double().sqrt()
         lower, upper = (x - 1 / 255 - mean) / sigma, (x + 1 / 255 - mean) / sigma
         mirrored = lower + upper > 0
         a, b = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
@@ -327,16 +303,15 @@ class GaussianDiffusion(nn.Module):
 
     # ------------------------------------------------------- Nichol & Dhariwal 2021, "Improved DDPM": losses with a variance
 
-    def l_vlb(self, output, x_0, x_t, t, eps):
+    def l_vlb(self, output, x_0, x_t, t):
         """T L_{t-1} in bits per dimension (B,), so that its mean over t is the bound without L_T."""
-        return self.timesteps * self.vlb_terms(lambda x_t, t: output, x_0, x_t, t, clip=False)
+        return self.timesteps * self.vlb_terms(answered(output), x_0, x_t, t, clip=False)
 
     def l_hybrid(self, output, x_0, x_t, t, eps):
         """L_simple + 0.001 L_vlb (iDDPM Eq. 16), (B,); L_vlb teaches the variance alone, its mean being held fixed."""
         prediction, channels = self.split(output, x_t)
-        l_simple = F.mse_loss(prediction, self.target(x_0, x_t, t, eps), reduction="none").flatten(1).mean(1)
         held = torch.cat([prediction.detach(), channels], dim=1)
-        return l_simple + 0.001 * self.l_vlb(held, x_0, x_t, t, eps)
+        return self.l_simple(output, x_0, x_t, t, eps) + 0.001 * self.l_vlb(held, x_0, x_t, t)
 
     # ------------------------------------------ Song, Meng, Ermon 2020, "Denoising Diffusion Implicit Models": fewer steps
 
@@ -361,8 +336,8 @@ class GaussianDiffusion(nn.Module):
             alpha_bar_t, alpha_bar_s = self.exact_alpha_bar[[t, s]].tolist()
             sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
             eps, x_0 = self.predict(model, x_t, t, clip)
-            z = randn(x_t.shape, x_t.device, generator) if sigma > 0 else 0.0
-            x_t = math.sqrt(alpha_bar_s) * x_0 + math.sqrt(1 - alpha_bar_s - sigma**2) * eps + sigma * z
+            z = self.normal_eps(x_t, None, generator) if sigma > 0 else 0.0
+            x_t = math.sqrt(alpha_bar_s) * x_0 + math.sqrt(max(1 - alpha_bar_s - sigma**2, 0)) * eps + sigma * z
             on_step(s, x_t, x_0)
         return x_t
 
@@ -386,7 +361,7 @@ class GaussianDiffusion(nn.Module):
 
 def cosine_beta_schedule(timesteps=1000, s=0.008, beta_min=0.0, beta_max=0.999):
     """beta_t of alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), clipped; float64 (T,) (iDDPM Eq. 17)."""
-    u = torch.arange(check_timesteps(timesteps) + 1, dtype=torch.float64) / timesteps
+    u = torch.arange(whole(timesteps) + 1, dtype=torch.float64) / timesteps
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(beta_min, beta_max)
 
@@ -403,7 +378,7 @@ def respace(diffusion, model, steps):
     if steps == diffusion.timesteps:
         return diffusion, model
     alpha_bar = diffusion.exact_alpha_bar[times]
-    betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - 1e-15)
+    betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - 2**-53)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # about alpha_bar_T: said when `diffusion` was made
         short = GaussianDiffusion(betas, diffusion.prediction, diffusion.variance, diffusion.loss).to(diffusion.beta.device)
@@ -414,7 +389,7 @@ def respace(diffusion, model, steps):
         output = model(x_t, t)
         prediction, channels = diffusion.split(output, x_t)
         if diffusion.prediction == "mean":
-            eps, x_0 = diffusion.predict(lambda x_t, t: output, x_t, t, clip=False)
+            eps, x_0 = diffusion.predict(answered(output), x_t, t, clip=False)
             prediction = short.target(x_0, x_t, k, eps)
         if diffusion.variance == "learned":
             channels = channels - at(diffusion.log_posterior_variance, t) + at(short.log_posterior_variance, k)
@@ -450,8 +425,9 @@ class ImportanceSampler(nn.Module):
         return t + 1, 1 / (len(p) * p[t])
 
     def update(self, t, losses):
-        """Remember losses (n,) seen at t (n,), the newest in place of the oldest."""
-        for k, loss in zip((t - 1).tolist(), losses.detach()):
+        """Remember losses (n,) seen at t (n,), the newest in place of the oldest; but none that is not finite."""
+        finite = torch.isfinite(losses)
+        for k, loss in zip((t[finite] - 1).tolist(), losses[finite].detach()):
             self.losses[k, self.seen[k] % self.losses.shape[1]] = loss
             self.seen[k] += 1
 
@@ -487,42 +463,40 @@ def classifier_guidance(diffusion, model, log_prob, scale):
 
     def guided_model(x_t, t):
         output = model(x_t, t)
-        eps, _ = diffusion.predict(lambda x_t, t: output, x_t, t, clip=False)
-        noise = at(diffusion.sqrt_one_minus_alpha_bar, t)
+        eps, _ = diffusion.predict(answered(output), x_t, t, clip=False)
+        noise = at(diffusion.one_minus_alpha_bar, t).sqrt()
         eps = eps - scale * noise * gradient(x_t, t)
-        x_0 = (x_t - noise * eps) / at(diffusion.sqrt_alpha_bar, t)                                   # Eq. 15
+        x_0 = (x_t - noise * eps) / at(diffusion.alpha_bar, t).sqrt()                                 # Eq. 15
         return torch.cat([diffusion.target(x_0, x_t, t, eps), output[:, x_t.shape[1]:]], dim=1)
 
     return guided_model
 
 
-def slerp(a, b, weights):
-    """From noise a to noise b (C, H, W) along the arc between them -> (len(weights), C, H, W) (DDIM Appendix D.5).
-
-    The straight line would pass through points of smaller norm than noise has.
-    """
-    weights = torch.as_tensor(weights, dtype=torch.float32, device=a.device)[:, None, None, None]
-    angle = torch.acos((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))
-    if angle < 1e-4:
-        return (1 - weights) * a + weights * b
-    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
-
-
 # Small tools ------------------------------------------------------------------------------------------------------------
 
 
-def check_timesteps(timesteps):
+def check_end(alpha_bar_T, timesteps):
+    """Warn if x_T, which sampling takes for noise, is not; ValueError if nothing of x_0 is left for float32 to see."""
+    if alpha_bar_T < 1e-36:
+        raise ValueError(f"alpha_bar_T = {alpha_bar_T:.0e} is too small for float32: use fewer steps or smaller betas")
+    if alpha_bar_T > 0.01:
+        start, end = 0.1 / timesteps, 20 / timesteps                 # the paper's, times 1000/T
+        cure = f"a linear schedule from beta_start={start:.3g} to beta_end={end:.3g}" if end < 1 else "the cosine schedule"
+        warnings.warn(f"alpha_bar_T = {alpha_bar_T:.3g}: x_T keeps {math.sqrt(alpha_bar_T):.0%} of the image's amplitude, but "
+                      "sampling starts from pure noise, which the network never saw; samples suffer. "
+                      f"With T = {timesteps}, {cure} ends in noise", stacklevel=4)
+
+
+def whole(timesteps):
     """T as an int; ValueError unless it is a whole number of at least 1."""
     if timesteps != int(timesteps) or timesteps < 1:
         raise ValueError(f"timesteps (T) must be a whole number of at least 1, not {timesteps}")
     return int(timesteps)
 
 
-def check_choice(name, value, allowed):
-    """value, if it is one of `allowed`; ValueError otherwise."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-    return value
+def answered(output):
+    """The model (x_t, t) that has been called already, and said `output`."""
+    return lambda x_t, t: output
 
 
 def at(coefficients, t):

@@ -5,9 +5,11 @@
     python sample.py --label Sandal --guidance 3                from a checkpoint that train.py --conditional made
     python sample.py --n 10000 --out s.npy --score c.pt         for other tools, and its quality in a classifier's eyes
 """
+import datetime
 import functools
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,29 +17,33 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-from ddpm import classifier_free_guidance, classifier_guidance, respace, slerp
+from ddpm import classifier_free_guidance, classifier_guidance, respace
 from train import (
-    COUNT,
+    NOT_NEGATIVE,
     SEED,
     Parser,
-    find_label,
+    WrongFlag,
+    count,
     guarded,
     load_checkpoint,
+    load_like,
     number,
     pick_device,
     pick_dtype,
     ranks,
 )
 
+PICTURES = ("trajectory", "movie", "nearest", "forward", "reconstruct", "interpolate")      # flags that name a file to draw
+
 
 def parse_args(argv=None):
-    """The settings, every one of them checked here; what is wrong is one line and exit code 2."""
+    """The settings, checked as far as they can be without the checkpoint; what is wrong is one line and exit code 2."""
     parser = Parser(__doc__)
     flag = parser.section("what to draw")
     flag("--checkpoint", "ddpm.pt", "made by train.py", metavar="FILE.pt")
-    flag("--n", 64, "number of images", type=COUNT)
+    flag("--n", 64, "number of images", type=count())
     flag("--label", None, "class to draw, by name or index (default: image i gets class i modulo their number)")
-    flag("--guidance", None, "0: unconditional, 1: conditional, above: more so (default: 1)", type=number(float, 0))
+    flag("--guidance", None, "0: unconditional, 1: conditional, above: more so (default: 1)", type=NOT_NEGATIVE)
     flag("--classifier", None, "guide by this classifier (train.py --classifier) rather than by the network itself",
          metavar="FILE.pt")
     flag("--seed", 0, "same seed, device and batch size: same images, for any number of processes", type=SEED)
@@ -45,9 +51,9 @@ def parse_args(argv=None):
     flag = parser.section("how")
     flag("--sampler", "ddpm", "ddpm: the paper's Algorithm 2, on a subsequence if --steps is below T; ddim: Song et al.",
          choices=("ddpm", "ddim"))
-    flag("--steps", None, "calls of the network per image (default: T for ddpm, 50 for ddim)", type=COUNT)
-    flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)", type=number(float, 0, 1))
-    flag("--batch-size", 256, "images at a time", type=COUNT)
+    flag("--steps", None, "calls of the network per image (default: T for ddpm, 50 for ddim)", type=count())
+    flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)", type=number(float, "from 0 to 1", lambda x: 0 <= x <= 1))
+    flag("--batch-size", 256, "images at a time", type=count())
     flag("--precision", "fp32", "as in train.py", choices=("auto", "fp32", "bf16", "fp16"))
     flag("--compile", False, "torch.compile the network", action="store_true")
     flag("--device", None, "cpu, cuda, cuda:1, mps; default: the best there is")
@@ -55,7 +61,7 @@ def parse_args(argv=None):
     flag = parser.section("output")
     flag("--out", None, ".pgm, .ppm or .png: a grid; .npy: uint8 (N, C, H, W), with labels beside it if there are any "
          "(default: samples.pgm, or .ppm in colour)", metavar="FILE")
-    flag("--columns", None, "of the grid (default: as many as rows; with classes, one each)", type=COUNT)
+    flag("--columns", None, "of the grid (default: as many as rows; with classes, one each)", type=count())
     flag("--trajectory", None, "also a film strip of 8 images from x_T to x_0, each above its predicted x_0 (Figure 6)",
          metavar="FILE")
     flag("--movie", None, "also the reverse process as an animated PNG", metavar="FILE.png")
@@ -72,30 +78,39 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.eta is not None and args.sampler != "ddim":
         parser.error("--eta belongs to --sampler ddim; ddpm's noise was chosen in training (--variance)")
-    grids = (".pgm", ".ppm", ".png")
+    if args.score and args.n < 2:
+        parser.error("--score needs at least 2 images, and means little below 1000")
     try:
-        for path, allowed in ((args.out, (*grids, ".npy")), (args.movie, (".png",)), (args.trajectory, grids), (args.nearest, grids),
-                              (args.forward, grids), (args.reconstruct, grids), (args.interpolate, grids)):
-            if path:
-                data.check_suffix(path, allowed)
+        for name in ("out", *PICTURES):
+            if getattr(args, name):
+                allowed = {"out": (".pgm", ".ppm", ".png", ".npy"), "movie": (".png",)}.get(name, (".pgm", ".ppm", ".png"))
+                data.check_suffix(getattr(args, name), allowed)
     except ValueError as error:
         parser.error(str(error))
-    for path in filter(None, (args.out, args.trajectory, args.movie, args.nearest, args.forward, args.reconstruct, args.interpolate)):
-        data.check_writable(path)
     return args
 
 
-class Recorder:
-    """An on_step that keeps some frames of a chain of `steps` steps, as pixels: (x_t, predicted x_0), each (N, C, H, W)."""
+def check_files(args, colour):
+    """Settle where samples go, if they are wanted, and see to it that every file can be written, before any work is done."""
+    others = args.forward or args.reconstruct or args.interpolate
+    if not args.out and (not others or args.trajectory or args.movie or args.nearest or args.score):
+        args.out = "samples.ppm" if colour else "samples.pgm"
+    for path in filter(None, (args.out, *(getattr(args, name) for name in PICTURES))):
+        if colour and Path(path).suffix.lower() == ".pgm":
+            raise WrongFlag(f"{path}: a .pgm is grey, and {args.checkpoint} draws in colour; use .ppm or .png")
+        data.check_writable(path)
 
-    def __init__(self, steps, frames, images):
-        self.wanted, self.images = set(np.linspace(0, steps, frames).round().astype(int).tolist()), images
-        self.calls, self.frames = 0, []
+
+class Recorder:
+    """An on_step that keeps 41 frames of a chain of `steps` steps, as pixels: (x_t, predicted x_0), each (N, C, H, W)."""
+
+    def __init__(self, steps):
+        self.wanted, self.calls, self.frames = set(np.linspace(0, steps, 41).round().astype(int).tolist()), 0, []
 
     def __call__(self, t, x_t, x_0):
         if self.calls in self.wanted:
             x_0 = torch.zeros_like(x_t) if x_0 is None else x_0             # nothing is predicted yet at x_T: grey
-            self.frames.append([data.to_pixels(x[:self.images]).cpu() for x in (x_t, x_0)])
+            self.frames.append([data.to_pixels(x[:64]).cpu() for x in (x_t, x_0)])
         self.calls += 1
 
 
@@ -109,7 +124,7 @@ def sampler(args, diffusion):
     T = diffusion.timesteps
     steps = args.steps or (T if args.sampler == "ddpm" else min(50, T))
     if steps > T:
-        raise ValueError(f"--steps {steps} is more than the {T} that {args.checkpoint} was trained with")
+        raise WrongFlag(f"--steps {steps} is more than the {T} that {args.checkpoint} was trained with")
     if args.sampler == "ddim":
         return functools.partial(diffusion.ddim_sample, steps=steps, eta=args.eta or 0.0), steps
 
@@ -120,40 +135,49 @@ def sampler(args, diffusion):
     return sample, steps
 
 
-def choose_labels(args, checkpoint):
-    """The label of each image, (n,) int64, or None. ValueError for flags that the checkpoint has no answer to."""
-    classes = checkpoint["classes"]
-    if checkpoint["network"]["num_classes"] is None and not args.classifier:
+def load_classifier(path, device, diffusion, checkpoint):
+    """A classifier for the images and the noise of `diffusion` and `checkpoint`, and the names of its classes."""
+    classifier, its_diffusion, other = load_checkpoint(path, device, "classifier")
+    if other["shape"] != checkpoint["shape"]:
+        raise ValueError(f"{path} was trained on images {other['shape']}, not {checkpoint['shape']}")
+    if not torch.equal(its_diffusion.exact_alpha_bar, diffusion.exact_alpha_bar):
+        raise ValueError(f"{path} was trained with another schedule: its t means other noise (see --schedule of train.py)")
+    return classifier, other["classes"]
+
+
+def choose_labels(args, classes):
+    """The label of each image, (n,) int64, or None if there are no classes. WrongFlag for a label that cannot be."""
+    if classes is None:
         if args.label is not None or args.guidance is not None:
-            raise ValueError(f"--label and --guidance need labels, and {args.checkpoint} was trained without: make one with "
-                             "train.py --conditional, or name a --classifier")
+            raise WrongFlag(f"--label and --guidance need labels, and {args.checkpoint} was trained without: make one with "
+                            "train.py --conditional, or name a --classifier")
         return None
     if args.label is not None:
-        return torch.full((args.n,), find_label(args.label, classes))
+        try:
+            return torch.full((args.n,), data.find_label(args.label, classes))
+        except ValueError as error:
+            raise WrongFlag(f"--label: {error}") from None
     return torch.arange(args.n) % len(classes)
 
 
-def bind(args, network, diffusion, checkpoint, y):
+def bind(args, network, classifier, diffusion, y):
     """network(x_t, t, y) -> a model (x_t, t) for images of the labels y (B,) or None, guided as the flags say."""
-    null = checkpoint["network"]["num_classes"]
-    scale = 1.0 if args.guidance is None else args.guidance
-    if args.classifier:
-        classifier, _, other = load_checkpoint(args.classifier, y.device, "classifier")
-        if other["diffusion"]["timesteps"] != diffusion.timesteps or other["shape"] != checkpoint["shape"]:
-            raise ValueError(f"{args.classifier} was trained for other images or another T than {args.checkpoint}")
-
-        def log_prob(x_t, t):
-            return F.log_softmax(classifier(x_t, t), dim=1).gather(1, y[:, None])[:, 0]
-
-        return classifier_guidance(diffusion, network, log_prob, scale)
-    if null is None:
+    scale, null = 1.0 if args.guidance is None else args.guidance, network.num_classes
+    if classifier is not None:
+        return classifier_guidance(diffusion, network, lambda x_t, t: log_prob(classifier, x_t, t, y), scale)
+    if y is None or scale == 0:
         return network
     if scale == 1:
         return lambda x_t, t: network(x_t, t, y)
     return classifier_free_guidance(network, y, scale, null)
 
 
-def draw(args, network, diffusion, checkpoint, labels, device, on_step):
+def log_prob(classifier, x_t, t, y):
+    """log p(y | x_t), (B,)."""
+    return F.log_softmax(classifier(x_t, t), dim=1).gather(1, y[:, None])[:, 0]
+
+
+def draw(args, network, classifier, diffusion, checkpoint, labels, device, on_step):
     """The samples as pixels, uint8 (n, C, H, W), in process 0, and None in the others; on_step sees the first batch.
 
     Batch k has random numbers of its own and is drawn whole by one process, so the images do not depend on their number.
@@ -164,7 +188,7 @@ def draw(args, network, diffusion, checkpoint, labels, device, on_step):
     for k in range(rank, len(starts), world):
         size = min(args.batch_size, args.n - starts[k])
         y = None if labels is None else labels[starts[k]:starts[k] + size].to(device)
-        model = bind(args, network, diffusion, checkpoint, y)
+        model = bind(args, network, classifier, diffusion, y)
         seed = int(np.random.SeedSequence([args.seed, k]).generate_state(1, np.uint64)[0] >> 1)
 
         def report(t, x_t, x_0, first=k == 0, drawn=starts[k], size=size):
@@ -195,33 +219,32 @@ def draw(args, network, diffusion, checkpoint, labels, device, on_step):
 # ---------------------------------------------------------------------------------------------------------- other pictures
 
 
-def held_out(args, checkpoint, n):
+def held_out(args, checkpoint, n, device):
     """The first n test images of the checkpoint's data set, in [-1, 1], and their labels."""
-    images, labels = data.load_dataset(checkpoint["training"]["dataset"], "test", args.data_dir)
-    if tuple(images.shape[1:]) != checkpoint["shape"]:
-        raise ValueError(f"{args.checkpoint} was trained on images {checkpoint['shape']}, but "
-                         f"{checkpoint['training']['dataset']} now holds {tuple(images.shape[1:])}")
-    return data.to_model(images[:n]), labels[:n]
+    images, labels = load_like(checkpoint, "test", args.data_dir)
+    if len(images) < n:
+        raise ValueError(f"{checkpoint['training']['dataset']} has {len(images)} test images, and this picture needs {n}")
+    return data.to_model(images[:n]).to(device), labels[:n].to(device)
 
 
 def draw_forward(args, diffusion, checkpoint, device):
     """--forward: for each of 4 images a row q(x_t | x_0) and a row that steps along the chain; t = 0, T/5, ... T."""
-    x_0 = held_out(args, checkpoint, 4)[0].to(device)
-    times = np.linspace(0, diffusion.timesteps, 6).round().astype(int).tolist()
+    x_0, _ = held_out(args, checkpoint, 4, device)
+    times = sorted({round(k * diffusion.timesteps / 5) for k in range(6)})
     closed = [x_0] + [diffusion.q_sample(x_0, t) for t in times[1:]]
     x, stepped = x_0, [x_0]
     for t in range(1, diffusion.timesteps + 1):
         x = diffusion.q_step(x, t)
         if t in times:
             stepped.append(x)
-    pairs = [torch.stack(column, dim=1).flatten(0, 1) for column in zip(closed, stepped)]
+    pairs = [torch.stack(column, dim=1).flatten(0, 1) for column in zip(closed, stepped, strict=True)]
     data.save_image(args.forward, *rows(*pairs))
 
 
 def draw_reconstruction(args, network, diffusion, checkpoint, device):
     """--reconstruct: columns of test images, their x_T, and the images that DDIM (eta = 0) draws from it."""
-    x_0, y = (z.to(device) for z in held_out(args, checkpoint, 10))
-    model = network if checkpoint["network"]["num_classes"] is None else (lambda x_t, t: network(x_t, t, y))
+    x_0, y = held_out(args, checkpoint, 10, device)
+    model = network if network.num_classes is None else (lambda x_t, t: network(x_t, t, y))
     steps = args.steps or min(100, diffusion.timesteps)
     x_T = diffusion.ddim_invert(model, x_0, steps)
     again = diffusion.ddim_sample(model, x_0.shape, steps, x_T=x_T, clip=False)
@@ -230,13 +253,25 @@ def draw_reconstruction(args, network, diffusion, checkpoint, device):
     print(f"reconstruction error, root mean square: {error:.2f} of 255, in {steps} steps")
 
 
+def slerp(a, b, weights):
+    """From noise a to noise b (C, H, W) along the arc between them -> (len(weights), C, H, W) (DDIM Appendix D.5).
+
+    The straight line would pass through points of smaller norm than noise has.
+    """
+    weights = torch.as_tensor(weights, dtype=torch.float32, device=a.device)[:, None, None, None]
+    angle = torch.acos((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))
+    if angle < 1e-4:
+        return (1 - weights) * a + weights * b
+    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+
+
 def draw_interpolation(args, network, diffusion, checkpoint, device):
     """--interpolate: rows of 11 images from one test image to another: slerp of their x_T, then Figure 8 at three t."""
-    x_0 = held_out(args, checkpoint, 2)[0].to(device)
+    x_0, _ = held_out(args, checkpoint, 2, device)
     T, weights = diffusion.timesteps, torch.linspace(0, 1, 9)
     steps = args.steps or min(100, T)
     a, b = diffusion.ddim_invert(network, x_0, steps)
-    strips = [diffusion.ddim_sample(network, (9, *x_0.shape[1:]), steps, x_T=slerp(a, b, weights))]
+    strips = [diffusion.ddim_sample(network, (9, *x_0.shape[1:]), steps, x_T=slerp(a, b, weights), clip=False)]
     for t in (T // 4, T // 2, 3 * T // 4):
         strips.append(diffusion.interpolate(network, *x_0, weights, max(t, 1)))
     strips = [torch.cat([x_0[:1], strip, x_0[1:]]) for strip in strips]
@@ -248,10 +283,10 @@ def draw_interpolation(args, network, diffusion, checkpoint, device):
 
 def draw_nearest(args, checkpoint, pixels):
     """--nearest: rows of a sample and the 5 training images at the smallest root mean square distance from it."""
-    images, _ = data.load_dataset(checkpoint["training"]["dataset"], "train", args.data_dir)
+    images, _ = load_like(checkpoint, "train", args.data_dir)
     chosen = pixels[:10]
     distances = torch.cdist(chosen.flatten(1).float(), images.flatten(1).float()) / math.sqrt(images[0].numel())
-    near, index = distances.topk(5, largest=False)
+    near, index = distances.topk(min(5, len(images)), largest=False)
     data.save_image(args.nearest, *rows(chosen, *(images[k] for k in index.T)))
     print(f"wrote {args.nearest}; the nearest training images are {near[:, 0].mean():.1f} of 255 away on average")
 
@@ -266,21 +301,14 @@ def frechet_distance(f, g):
 
 
 @torch.inference_mode()
-def score(args, checkpoint, pixels, labels, device):
+def score(args, classifier, checkpoint, pixels, labels, device):
     """Print how far the samples are from the test set, what as many training images get, and the classifier's verdict."""
-    classifier, _, other = load_checkpoint(args.score, device, "classifier")
-    if other["shape"] != checkpoint["shape"]:
-        raise ValueError(f"{args.score} judges images {other['shape']}, not {checkpoint['shape']}")
-    if len(pixels) < 2:
-        raise ValueError("--score needs at least 2 images, and means little below 1000")
-
     def seen(images):
         parts = [data.to_model(part.to(device)) for part in images.split(500)]
         features = torch.cat([classifier.features(x, torch.zeros(len(x), dtype=torch.int64, device=device)) for x in parts])
         return features.cpu(), classifier.head(features).argmax(1).cpu()
 
-    name = checkpoint["training"]["dataset"]
-    train, test = (data.load_dataset(name, split, args.data_dir)[0] for split in ("train", "test"))
+    train, test = (load_like(checkpoint, split, args.data_dir)[0] for split in ("train", "test"))
     real = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:len(pixels)]]
     (f, guess), (g, _), (r, _) = seen(pixels), seen(test), seen(real)
     counts = torch.bincount(guess, minlength=len(checkpoint["classes"])).tolist()
@@ -292,39 +320,35 @@ def score(args, checkpoint, pixels, labels, device):
 def main(argv=None):
     """Load, draw, write."""
     args = parse_args(argv)
-    rank, world, local = ranks()
-    device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
+    rank, world, _ = ranks()
+    device = pick_device(args.device)
     network, diffusion, checkpoint = load_checkpoint(args.checkpoint, device)
-    colour = checkpoint["shape"][0] == 3
-    if colour and args.out and args.out.endswith(".pgm"):
-        raise ValueError(f"--out {args.out}: a .pgm is grey, and {args.checkpoint} draws in colour; use .ppm, .png or .npy")
-    labels = choose_labels(args, checkpoint)
+    check_files(args, checkpoint["shape"][0] == 3)
+    classes, classifier, judge = checkpoint["classes"] if network.num_classes else None, None, None
+    if args.classifier:
+        classifier, classes = load_classifier(args.classifier, device, diffusion, checkpoint)
+    if args.score:
+        judge, _ = load_classifier(args.score, device, diffusion, checkpoint)
+    labels = choose_labels(args, classes)
     _, steps = sampler(args, diffusion)
     if args.compile:
-        network = torch.compile(network)
-    if world > 1:
-        dist.init_process_group("gloo")              # it carries finished pixels only
+        network.compile()
+    if world > 1:                                    # it carries finished pixels only, and may wait for the slowest
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     torch.manual_seed(args.seed)
     dtype = pick_dtype(args.precision, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if rank == 0:
             draw_others(args, network, diffusion, checkpoint, device)
-        if args.out or not (args.forward or args.reconstruct or args.interpolate):
-            args.out = args.out or ("samples.ppm" if colour else "samples.pgm")
-            strip = Recorder(steps, 11 if args.trajectory else 0, 8)
-            movie = Recorder(steps, 41 if args.movie else 0, 64)
-
-            def on_step(t, x_t, x_0):
-                strip(t, x_t, x_0)
-                movie(t, x_t, x_0)
-
-            pixels = draw(args, network, diffusion, checkpoint, labels, device, on_step)
+        if args.out:
+            film = Recorder(steps)
+            pixels = draw(args, network, classifier, diffusion, checkpoint, labels, device, film)
             if rank == 0:
-                write(args, checkpoint, pixels, labels, strip.frames, movie.frames)
+                write(args, classes, pixels, labels, film.frames)
                 if args.nearest:
                     draw_nearest(args, checkpoint, pixels)
-                if args.score:
-                    score(args, checkpoint, pixels, labels, device)
+                if judge:
+                    score(args, judge, checkpoint, pixels, labels, device)
     if world > 1:
         dist.destroy_process_group()
 
@@ -342,24 +366,26 @@ def draw_others(args, network, diffusion, checkpoint, device):
         print(f"wrote {path}")
 
 
-def write(args, checkpoint, pixels, labels, strip, movie):
-    """The files that the samples go to."""
-    columns = args.columns or (len(checkpoint["classes"]) if labels is not None and args.label is None else None)
-    if args.out.endswith(".npy"):
-        with data.atomic(args.out) as file:
+def write(args, classes, pixels, labels, frames):
+    """The files that the samples and the frames of their first batch go to."""
+    columns = args.columns or (len(classes) if labels is not None and args.label is None else None)
+    path = Path(args.out)
+    if path.suffix.lower() == ".npy":
+        with data.atomic(path) as file:
             np.save(file, pixels.numpy())
         if labels is not None:
-            with data.atomic(f"{args.out[:-4]}.labels.npy") as file:
+            with data.atomic(path.with_suffix(".labels.npy")) as file:
                 np.save(file, labels.numpy())
     else:
-        data.save_image(args.out, pixels, columns)
-    print(f"wrote {args.out}" + ("; --out samples.png for a PNG" if args.out.endswith(".pgm") else ""))
-    if strip:
-        x_t, x_0 = (torch.stack(frames, dim=1) for frames in zip(*strip))                  # each (8, frames, C, H, W)
-        data.save_image(args.trajectory, torch.stack([x_t, x_0], dim=1).flatten(0, 2), columns=len(strip))
+        data.save_image(path, pixels, columns)
+    print(f"wrote {path}" + ("; --out samples.png for a PNG" if path.suffix == ".pgm" else ""))
+    if args.trajectory:
+        chosen = [frames[k] for k in np.linspace(0, len(frames) - 1, min(11, len(frames))).round().astype(int)]
+        x_t, x_0 = (torch.stack(column, dim=1)[:8] for column in zip(*chosen, strict=True))        # (8, frames, C, H, W)
+        data.save_image(args.trajectory, torch.stack([x_t, x_0], dim=1).flatten(0, 2), columns=len(chosen))
         print(f"wrote {args.trajectory}")
-    if movie:
-        data.save_movie(args.movie, [x_t for x_t, _ in movie], args.columns and min(args.columns, 8))
+    if args.movie:
+        data.save_movie(args.movie, [x_t for x_t, _ in frames], args.columns and min(args.columns, 8))
         print(f"wrote {args.movie}")
 
 

@@ -13,6 +13,7 @@ import io
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -26,12 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from ddpm import (
-    LOSSES,
-    PREDICTIONS,
-    VARIANCES,
+    CHOICES,
     GaussianDiffusion,
     ImportanceSampler,
-    at,
+    answered,
     cosine_beta_schedule,
     linear_beta_schedule,
 )
@@ -40,6 +39,10 @@ from unet import NoisyClassifier, UNet
 FORMAT = "ddpm checkpoint 1"
 
 # ---------------------------------------------------------------------------------------------------------------- flags
+
+
+class WrongFlag(ValueError):
+    """A flag that turns out to be impossible after its value was read: exit code 2, as for one that cannot be read."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,35 +65,38 @@ class Parser(argparse.ArgumentParser):
         return flag
 
 
-def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
-    """A flag's type: a number of `kind` within low..high, or strictly above or below a bound."""
-    limits = [f"at least {low}" if low > -math.inf else "", f"at most {high}" if high < math.inf else "",
-              f"above {above}" if above is not None else "", f"below {below}" if below is not None else ""]
-    wanted = f"a {'whole ' if kind is int else ''}number {' and '.join(filter(None, limits))}"
-
+def number(kind, wanted, fits):
+    """A flag's type: a finite number of `kind` that `fits`; `wanted` says so in words."""
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value) and (above is None or value > above)
-                and (below is None or value < below)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
+            if math.isfinite(value) and fits(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {wanted}")
 
     return parse
 
 
+def count(most=10**9):
+    """A flag's type: a whole number from 1 on."""
+    return number(int, "of at least 1" + (f" and at most {most:,}" if most < 10**9 else ""), lambda x: 1 <= x <= most)
+
+
 def numbers(text):
     """A flag's type: whole numbers with commas between them; none at all if empty."""
-    return tuple(number(int, 1)(part) for part in text.split(",") if text)
+    return tuple(count()(part) for part in text.split(",") if text)
 
 
-COUNT, SEED = number(int, 1), number(int, 0, 2**63 - 1)
+SEED = number(int, "from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)
+FRACTION = number(float, "from 0 to below 1", lambda x: 0 <= x < 1)
+POSITIVE = number(float, "above 0", lambda x: x > 0)
+NOT_NEGATIVE = number(float, "of at least 0", lambda x: x >= 0)
 
 
 def parse_args(argv=None):
-    """The settings, every one of them checked here; what is wrong is one line and exit code 2."""
+    """The settings, checked; what is wrong is one line and exit code 2."""
     parser = Parser(__doc__)
     flag = parser.section("data")
     flag("--dataset", "fashion-mnist", "fashion-mnist, mnist, cifar10, or a FILE.npy of uint8 images")
@@ -100,42 +106,46 @@ def parse_args(argv=None):
          "most shoes face one way)", action=argparse.BooleanOptionalAction)
 
     flag = parser.section("diffusion")
-    flag("--timesteps", 1000, "T, the number of steps from image to noise (the paper: 1000)", type=COUNT)
-    flag("--schedule", "linear", "of beta_t: the paper's, or iDDPM's cosine", choices=("linear", "cosine"))
-    flag("--beta-start", 1e-4, "beta_1 of the linear schedule", type=float)
-    flag("--beta-end", 0.02, "beta_T of the linear schedule", type=float)
-    flag("--beta-min", 0.0, "clip the cosine schedule's betas from below", type=number(float, 0, below=1))
-    flag("--beta-max", 0.999, "and from above", type=number(float, above=0, below=1))
-    flag("--prediction", "eps", "what the network predicts (the paper: eps)", choices=PREDICTIONS)
-    flag("--variance", "beta", "sigma_t^2 of the reverse process; learned_range is iDDPM's", choices=VARIANCES)
-    flag("--loss", "mse", "mse is the paper's L_simple; vlb draws t by its loss (iDDPM Eq. 18)", choices=LOSSES)
+    flag("--timesteps", 1000, "T, the number of steps from image to noise (the paper: 1000)", type=count(10**6))
+    flag("--schedule", None, "of beta_t: iDDPM's cosine, or linear, which is the paper's (default: cosine, whose samples were "
+         "a quarter nearer to the test set after the same training; linear if --beta-start or --beta-end is given)",
+         choices=("cosine", "linear"))
+    flag("--beta-start", None, "beta_1 of the linear schedule (default: 0.0001, the paper's)", type=float)
+    flag("--beta-end", None, "beta_T of the linear schedule (default: 0.02, the paper's)", type=float)
+    flag("--beta-min", 0.0, "clip the cosine schedule's betas from below", type=FRACTION)
+    flag("--beta-max", 0.999, "and from above", type=POSITIVE)
+    flag("--prediction", "eps", "what the network predicts (the paper: eps)", choices=CHOICES["prediction"])
+    flag("--variance", "beta", "sigma_t^2 of the reverse process; learned_range is iDDPM's", choices=CHOICES["variance"])
+    flag("--loss", "mse", "mse is the paper's L_simple; vlb draws t by its loss (iDDPM Eq. 18)", choices=CHOICES["loss"])
 
     flag = parser.section("network")
-    flag("--channels", 32, "of the widest feature map (the paper: 128)", type=COUNT)
+    flag("--channels", 32, "of the largest feature map (the paper: 128)", type=count(2**14))
     flag("--multipliers", "1,2", "channels of each resolution, times --channels (the paper: 1,2,2,2)", type=numbers)
-    flag("--blocks", 1, "residual blocks per resolution (the paper: 2)", type=COUNT)
+    flag("--blocks", 1, "residual blocks per resolution (the paper: 2)", type=count(64))
     flag("--attention", "", "sizes of the feature maps that get attention, e.g. 7,14; the middle always does (the paper: 16)", type=numbers)
-    flag("--heads", 1, "of the attention", type=COUNT)
-    flag("--dropout", 0.0, "in the residual blocks (the paper: 0.1 on CIFAR-10)", type=number(float, 0, below=1))
-    flag("--patch", 2, "pixels gathered into one along each side (the paper: 1)", type=COUNT)
+    flag("--heads", 1, "of the attention", type=count())
+    flag("--dropout", 0.0, "in the residual blocks (the paper: 0.1 on CIFAR-10)", type=FRACTION)
+    flag("--patch", 2, "pixels gathered into one along each side (the paper: 1)", type=count(64))
     flag("--block", "resnet", "kind of residual block", choices=("resnet", "convnext"))
     flag("--embedding", "add", "how a block is told t", choices=("add", "scale-shift"))
     flag("--conditional", False, "learn the labels too, for --label and --guidance of sample.py", action="store_true")
-    flag("--label-dropout", 0.1, "share of labels hidden in training, for guidance", type=number(float, 0, 1))
+    flag("--label-dropout", 0.1, "share of labels hidden in training, for guidance", type=FRACTION)
     flag("--classifier", False, "train a classifier of noisy images instead, for sample.py's --classifier and --score",
          action="store_true")
 
     flag = parser.section("optimisation")
-    flag("--steps", 6000, "optimiser steps (the paper: 800000)", type=COUNT)
-    flag("--batch-size", 64, "images per step, of all processes together (the paper: 128)", type=COUNT)
-    flag("--accumulate", 1, "compute each batch in this many parts, to save memory", type=COUNT)
-    flag("--lr", 5e-3, "Adam's rate after the warm-up; it then falls to 0 (the paper: 2e-4, constant)",
-         type=number(float, above=0))
-    flag("--warmup", 100, "steps over which the rate rises", type=number(int, 0))
-    flag("--weight-decay", 0.0, "as in AdamW", type=number(float, 0))
+    flag("--steps", 6000, "optimiser steps (the paper: 800000)", type=count())
+    flag("--batch-size", 64, "images per step, of all processes together (the paper: 128)", type=count())
+    flag("--accumulate", 1, "compute each batch in this many parts, to save memory", type=count())
+    flag("--optimizer", "muon", "adam is the paper's; muon moves convolutions by orthogonal matrices: after the same training "
+         "samples were a quarter nearer to the test set", choices=("muon", "adam"))
+    flag("--lr", None, "learning rate after the warm-up; it then falls to 0 (default: 0.01 for muon, 0.005 for adam; the paper: "
+         "0.0002, constant)", type=POSITIVE)
+    flag("--warmup", 100, "steps over which the rate rises", type=number(int, "of at least 0", lambda x: x >= 0))
+    flag("--weight-decay", 0.0, "as in AdamW", type=NOT_NEGATIVE)
     flag("--ema", 0.999, "decay of the averaged weights, which samples are drawn with (the paper: 0.9999)",
-         type=number(float, 0, below=1))
-    flag("--precision", "auto", "auto: bf16 where CUDA or the CPU (AMX) has units for it, else fp32",
+         type=FRACTION)
+    flag("--precision", "auto", "auto: bf16 where CUDA or the CPU (AVX512-BF16, AMX) has units for it, else fp32",
          choices=("auto", "fp32", "bf16", "fp16"))
     flag("--compile", False, "torch.compile the network: a minute's wait, then faster on CUDA", action="store_true")
     flag("--checkpointing", False, "compute blocks twice rather than remember them: less memory, more time", action="store_true")
@@ -144,13 +154,14 @@ def parse_args(argv=None):
 
     flag = parser.section("output")
     flag("--out", None, "checkpoint to write (default: ddpm.pt; classifier.pt with --classifier)", metavar="FILE.pt")
-    flag("--save-every", 1000, "steps between checkpoints; there is always one at the end", type=COUNT)
+    flag("--save-every", 1000, "steps between checkpoints; there is always one at the end", type=count())
     flag("--resume", False, "go on from --out, exactly as if it had never stopped", action="store_true")
     flag("--evaluate", None, "measure a checkpoint on the test set instead: L_simple and bits/dim", metavar="FILE.pt")
-    flag("--exact", 0, "with --evaluate: all T terms of this many images, instead of random terms of all", type=number(int, 0),
-         metavar="IMAGES")
+    flag("--exact", 0, "with --evaluate: all T terms of this many images, instead of random terms of all",
+         type=number(int, "of at least 0", lambda x: x >= 0), metavar="IMAGES")
 
     args = parser.parse_args(argv)
+    args.lr = args.lr or {"muon": 0.01, "adam": 0.005}[args.optimizer]
     args.out = args.out or ("classifier.pt" if args.classifier else "ddpm.pt")
     if args.flip is None:
         args.flip = data.DATASETS[args.dataset].flip if args.dataset in data.DATASETS else True
@@ -159,23 +170,23 @@ def parse_args(argv=None):
         parser.error(f"--batch-size {args.batch_size} does not divide into {parts} equal parts (processes x --accumulate)")
     if any(args.channels * m % args.heads for m in args.multipliers) or not args.multipliers:
         parser.error(f"--heads {args.heads} must divide --channels {args.channels} times each of --multipliers")
-    if args.conditional and args.only:
-        parser.error("--conditional needs several classes, and --only leaves one")
+    if (args.conditional or args.classifier) and args.only:
+        parser.error("--conditional and --classifier need several classes, and --only leaves one")
+    if args.conditional and args.classifier:
+        parser.error("--conditional is for a network that draws, --classifier for one that tells what it sees")
+    if args.exact and not args.evaluate:
+        parser.error("--exact belongs to --evaluate")
+    linear = args.beta_start is not None or args.beta_end is not None
+    if linear and args.schedule == "cosine":
+        parser.error("--beta-start and --beta-end belong to --schedule linear")
+    args.schedule = args.schedule or ("linear" if linear else "cosine")
+    args.beta_start = 1e-4 if args.beta_start is None else args.beta_start
+    args.beta_end = 0.02 if args.beta_end is None else args.beta_end
     try:
         make_diffusion(**settings_of(args)["diffusion"])
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def find_label(text, classes):
-    """The index of a class given by its name, in any case, or by its index. ValueError lists the classes."""
-    names = [name.lower() for name in classes]
-    if text.lower() in names:
-        return names.index(text.lower())
-    if text.isdecimal() and int(text) < len(classes):
-        return int(text)
-    raise ValueError(f"no label {text!r}: use an index 0..{len(classes) - 1} or one of {', '.join(classes[:100])}")
 
 
 # ------------------------------------------------------------------------------------- from settings to networks and back
@@ -187,22 +198,26 @@ def ranks():
 
 
 def pick_device(name):
-    """The device of that name, seen to work; the best there is if None. ValueError if it does not."""
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device of that name, seen to work; the best there is if None; a GPU each for torchrun's processes."""
+    _, world, local = ranks()
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
     try:
         device = torch.device(name or best)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local)
         torch.zeros(1, device=device).item()
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise WrongFlag(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
 def pick_dtype(precision, device):
     """What autocast computes in. auto is bf16 where the hardware multiplies matrices in it, else fp32."""
     if precision == "auto":
-        tensor_cores = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        tiles = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-        precision = "bf16" if tensor_cores or tiles else "fp32"
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+                "cpu": lambda: cpu.get("amx_bf16") or cpu.get("avx512_bf16")}.get(device.type, bool)()
+        precision = "bf16" if fast else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
@@ -218,7 +233,7 @@ def settings_of(args):
     return {group: {name: getattr(args, name) for name in names} for group, names in (
         ("diffusion", ("timesteps", "schedule", "beta_start", "beta_end", "beta_min", "beta_max", "prediction", "variance",
                        "loss")),
-        ("training", ("dataset", "only", "flip", "batch_size", "accumulate", "lr", "warmup", "weight_decay", "ema",
+        ("training", ("dataset", "only", "flip", "batch_size", "accumulate", "optimizer", "lr", "warmup", "weight_decay", "ema",
                       "label_dropout", "precision", "seed")))}
 
 
@@ -228,7 +243,7 @@ def network_settings(args, shape, classes):
             "image_size": shape[1], "patch": args.patch, "channels": args.channels, "multipliers": args.multipliers,
             "blocks": args.blocks, "attention": args.attention, "heads": args.heads, "dropout": args.dropout,
             "convnext": args.block == "convnext", "scale_shift": args.embedding == "scale-shift",
-            "num_classes": len(classes) if args.conditional else None}
+            "checkpointing": args.checkpointing, "num_classes": len(classes) if args.conditional else None}
 
 
 def make_network(kind, settings, classes):
@@ -287,12 +302,15 @@ def check_fields(checkpoint):
     for right, field in (
             (checkpoint["format"] == FORMAT, "format"), (checkpoint["kind"] in ("ddpm", "classifier"), "kind"),
             (type(checkpoint["step"]) is int and checkpoint["step"] >= 0, "step"),
-            (isinstance(checkpoint["training"], dict), "training"),
+            (isinstance(checkpoint["training"]["dataset"], str) and isinstance(checkpoint["training"]["only"], (str, type(None))),
+             "training"),
             (C == network["in_channels"] and whole(H, 2**14) and whole(W, 2**14), "shape"),
             (type(classes) is tuple and 1 <= len(classes) <= 2**16 and all(type(name) is str for name in classes), "classes"),
             *((whole(network[name], high), name) for name, high in sizes.items()),
             (1 <= len(network["multipliers"]) <= 12 and all(whole(m, 64) for m in network["multipliers"]), "multipliers"),
-            (network["num_classes"] is None or whole(network["num_classes"], 2**16), "num_classes"),
+            (network["num_classes"] in (None, len(classes)), "num_classes"),
+            (network["channels"] % network["heads"] == 0, "heads"),
+            (network["out_channels"] == C * (1 + checkpoint["diffusion"]["variance"].startswith("learned")), "out_channels"),
             (whole(checkpoint["diffusion"]["timesteps"], 10**6), "timesteps")):
         if not right:
             raise ValueError(f"its {field} is not what it should be")
@@ -322,28 +340,35 @@ def keep_older(path):
     stem, suffix = os.path.splitext(path)
     kept = next(name for k in range(1, 10**6) if not os.path.exists(name := f"{stem}.{k}{suffix}"))
     try:
-        os.link(path, kept)              # two names for a moment: `path` is there all the time
+        os.link(os.path.realpath(path), kept)              # two names for a moment: `path` is there all the time
     except OSError:
-        os.replace(path, kept)
+        shutil.copy2(path, kept)
     data.say(f"{path} was there already and is now {kept}", done=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- training
 
 
-def load_data(args, split):
-    """-> images uint8 (N, C, H, W), labels (N,), and the names of the classes, with --only applied."""
-    images, labels = data.load_dataset(args.dataset, split, args.data_dir)
-    classes = (data.DATASETS[args.dataset].classes if args.dataset in data.DATASETS
-               else tuple(str(k) for k in range(int(labels.max()) + 1)))
-    if args.only is not None:
-        chosen = labels == find_label(args.only, classes)
+def load_data(dataset, only, split, data_dir):
+    """-> images uint8 (N, C, H, W), labels (N,), and the names of the classes; of the class `only` if that is not None."""
+    images, labels = data.load_dataset(dataset, split, data_dir)
+    classes = data.class_names(dataset, labels)
+    if only is not None:
+        chosen = labels == data.find_label(only, classes)
         images, labels = images[chosen], labels[chosen]
         if len(images) == 0:
-            raise ValueError(f"--only {args.only}: {args.dataset} has no image of it")
-    if (args.conditional or args.classifier) and len(classes) < 2:
-        raise ValueError(f"{args.dataset} has no labels: put them into {args.dataset[:-4]}.labels.npy")
+            raise ValueError(f"--only {only}: {dataset} has no image of it")
     return images, labels, classes
+
+
+def load_like(checkpoint, split, data_dir):
+    """Images and labels of the data that a checkpoint was trained on. ValueError if they have become something else."""
+    dataset = checkpoint["training"]["dataset"]
+    images, labels, _ = load_data(dataset, checkpoint["training"]["only"], split, data_dir)
+    if tuple(images.shape[1:]) != checkpoint["shape"] or labels.max() >= len(checkpoint["classes"]):
+        raise ValueError(f"the checkpoint was trained on images {checkpoint['shape']} of {len(checkpoint['classes'])} classes, but "
+                         f"{dataset} ({split}) holds {tuple(images.shape[1:])} of {int(labels.max()) + 1}")
+    return images, labels
 
 
 def learning_rate(step, args):
@@ -351,6 +376,61 @@ def learning_rate(step, args):
     if step < args.warmup:
         return args.lr * (step + 1) / (args.warmup + 1)
     return args.lr * (args.steps - step) / max(args.steps - args.warmup, 1)
+
+
+def orthogonal(G):
+    """Nearly the orthogonal matrix nearest to G (m, n), m <= n: five steps of a polynomial that pushes all singular values
+    towards 1 (about 0.7 to 1.2 come out)."""
+    G = G / G.norm().clamp(min=1e-7)
+    for _ in range(5):
+        A = G @ G.T
+        G = 3.4445 * G + (2.0315 * A @ A - 4.7750 * A) @ G
+    return G
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for convolutions (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Every direction of a weight matrix (C_out, C_in kh kw) then learns at the same pace; the scale gives a step the size of
+    an Adam step. torch.optim.Muon takes no convolutions, and its bfloat16 is slow on CPUs without units for it.
+    """
+
+    def __init__(self, weights, lr, weight_decay=0.0):
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for w in group["params"]:
+            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
+            momentum.lerp_(w.grad, 0.05)
+            G = w.grad.lerp(momentum, 0.95).flatten(1)                                # Nesterov's: a look ahead
+            G = orthogonal(G) if len(G) <= G.shape[1] else orthogonal(G.T).T
+            w.mul_(1 - group["lr"] * group["weight_decay"])
+            w.sub_(G.reshape(w.shape), alpha=group["lr"] * 0.2 * math.sqrt(max(G.shape)))
+
+
+def make_optimizers(network, args):
+    """Adam for all weights, or Muon for the convolutions between feature maps and Adam for the rest."""
+    inner = [w for name, w in network.named_parameters()
+             if args.optimizer == "muon" and w.ndim == 4 and "conv_in" not in name and "conv_out" not in name]
+    rest = [w for w in network.parameters() if all(w is not v for v in inner)]
+    # beta_2 = 0.99 rather than Adam's 0.999: a run of minutes should not average gradients over most of itself.
+    adam = torch.optim.AdamW(rest, args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=rest[0].device.type != "mps")
+    return [adam, Muon(inner, args.lr, args.weight_decay)] if inner else [adam]
+
+
+def check_moments(optimizer, state):
+    """An optimizer's saved state, laid out as its weights are on this device. ValueError if it is not that."""
+    weights = optimizer.param_groups[0]["params"]
+    if state and state.keys() != set(range(len(weights))):
+        raise ValueError("its optimizer is another network's")
+    for k, moments in state.items():
+        likes = {name: torch.zeros(()) if name == "step" else weights[k].detach() for name in
+                 (("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq"))}
+        check_tensors(moments, likes)
+        state[k] = {name: torch.empty_like(like).copy_(moments[name]) for name, like in likes.items()}
+    return state
 
 
 @torch.no_grad()
@@ -362,38 +442,33 @@ def update_ema(ema, weights, decay, step):
 class Run:
     """A training in progress: all that a checkpoint holds, and one step of it."""
 
-    def __init__(self, args, images, labels, classes, device, rank=0, world=1):
+    kind = "ddpm"
+
+    def __init__(self, args, images, labels, classes, device):
         torch.manual_seed(args.seed)
         self.args, self.images, self.labels, self.device = args, images.to(device), labels.to(device), device
-        self.rank, self.world, self.done = rank, world, 0
-        self.kind = "classifier" if args.classifier else "ddpm"
+        self.rank, self.world, _ = ranks()
+        self.done, self.fresh = 0, True                 # steps taken; whether --out, if it exists, is another training's
         shape = tuple(images.shape[1:])
         self.fixed = {"format": FORMAT, "kind": self.kind, "shape": shape, "classes": classes, **settings_of(args),
                       "network": network_settings(args, shape, classes)}
         self.network = make_network(self.kind, self.fixed["network"], classes).to(device)
-        for module in self.network.modules():
-            module.checkpointing = args.checkpointing
         if device.type == "cuda":
             self.network.to(memory_format=torch.channels_last)
         self.diffusion = make_diffusion(**self.fixed["diffusion"]).to(device)
         self.importance = ImportanceSampler(args.timesteps).to(device)
         self.weights = list(self.network.parameters())
         self.ema = [w.detach().clone() for w in self.weights]
-        # beta_2 = 0.99 rather than Adam's 0.999: a run of minutes should not average gradients over most of itself.
-        self.optimizer = torch.optim.AdamW(self.weights, args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=True)
-        # The scaler is there for fp16, and in any precision for what it does on the way: a step whose gradient is not
-        # finite is skipped on the device, without the host having to look.
+        self.optimizers = make_optimizers(self.network, args)
         self.dtype = pick_dtype(args.precision, device)
-        fp16 = self.dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(device.type, init_scale=2.0**16 if fp16 else 1.0,
-                                           growth_interval=2000 if fp16 else 2**31 - 1)
-        self.skipped = torch.zeros(2, device=device)                    # steps skipped: in a row up to now, in all
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.skipped = self.skipped_in_a_row = 0
         self.model = torch.compile(self.network) if args.compile else self.network
-        if world > 1:
+        if self.world > 1:
             self.model = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
 
     def batch(self):
-        """A batch drawn with replacement, which is Algorithm 1's x_0 ~ q(x_0): images in [-1, 1], and labels or None."""
+        """x_0 ~ q(x_0): images in [-1, 1] drawn with replacement, (B, C, H, W), and their labels (B,), some hidden."""
         index = torch.randint(len(self.images), (self.args.batch_size,), device=self.device)
         x_0, y = data.to_model(self.images[index]), self.labels[index]
         if self.args.flip:
@@ -401,25 +476,19 @@ class Run:
             x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
         if self.args.conditional:
             hidden = torch.rand(len(y), device=self.device) < self.args.label_dropout
-            return x_0, y.masked_fill(hidden, self.fixed["network"]["num_classes"])
-        return x_0, y if self.args.classifier else None
+            y = y.masked_fill(hidden, self.fixed["network"]["num_classes"])
+        return x_0, y
 
-    def times(self, n):
-        """t (n,) and the weights (n,) of their losses: uniform and 1, except for the bound itself and for a classifier."""
-        if self.args.classifier:      # t = 0, clean images, is a quarter of its work: sample.py --score looks there
-            t = torch.randint(0, self.args.timesteps + 1, (n,), device=self.device)
-            return t * (torch.rand(n, device=self.device) > 0.25), torch.ones(n, device=self.device)
+    def draw_t(self, x_0):
+        """t (B,) and the weights (B,) of their losses: uniform and 1, except for the bound itself (iDDPM Eq. 18)."""
         if self.args.loss == "vlb":
-            return self.importance.draw(n)
-        return torch.randint(1, self.args.timesteps + 1, (n,), device=self.device), torch.ones(n, device=self.device)
+            return self.importance.draw(len(x_0))
+        return self.diffusion.uniform_t(x_0), torch.ones(len(x_0), device=self.device)
 
     def losses(self, x_0, y, t, noise):
-        """The loss of each image, (B,): Algorithm 1's, or the classifier's."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self.args.classifier:
-                signal, rest = self.diffusion.sqrt_alpha_bar, self.diffusion.sqrt_one_minus_alpha_bar
-                return F.cross_entropy(self.model(at(signal, t) * x_0 + at(rest, t) * noise, t), y, reduction="none")
-            return self.diffusion.training_losses(lambda x_t, t: self.model(x_t, t, y).float(), x_0, t, noise)
+        """Algorithm 1's loss of each image, (B,)."""
+        labels = y if self.args.conditional else None
+        return self.diffusion.training_losses(lambda x_t, t: self.model(x_t, t, labels).float(), x_0, t, noise)
 
     def step(self):
         """One step of the optimiser -> the mean loss of this process's images, on the device.
@@ -427,29 +496,34 @@ class Run:
         Every process draws the whole batch from the same random numbers and works on its own part of it, so that the
         result does not depend on how many processes there are.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.done, self.args)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(self.done, self.args)
+            optimizer.zero_grad()
         x_0, y = self.batch()
-        t, importance = self.times(len(x_0))
-        noise = torch.randn_like(x_0)
+        t, importance = self.draw_t(x_0)
+        noise = self.diffusion.normal_eps(x_0)
         size, losses = len(x_0) // (self.world * self.args.accumulate), []
         for k in range(self.args.accumulate):
             first = (self.rank * self.args.accumulate + k) * size
             part = slice(first, first + size)
             last = k == self.args.accumulate - 1
             with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
-                losses.append(self.losses(x_0[part], None if y is None else y[part], t[part], noise[part]))
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    losses.append(self.losses(x_0[part], y[part], t[part], noise[part]))
                 self.scaler.scale((losses[-1] * importance[part]).mean() / self.args.accumulate).backward()
         losses = torch.cat(losses).detach()
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.scaler.step(self.optimizer)
+        if torch.isfinite(norm):
+            self.skipped_in_a_row = 0
+            for optimizer in self.optimizers:
+                optimizer.step()
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()
-        self.optimizer.zero_grad()
-        bad = ~torch.isfinite(norm)
-        self.skipped = torch.stack([(self.skipped[0] + 1) * bad, self.skipped[1] + bad])
         update_ema(self.ema, self.weights, self.args.ema, self.done)
-        if self.args.loss == "vlb" and not self.args.classifier:
+        if self.args.loss == "vlb":
             everyone = torch.zeros_like(t, dtype=torch.float32)
             everyone[self.rank * len(losses):(self.rank + 1) * len(losses)] = losses
             if self.world > 1:
@@ -458,23 +532,18 @@ class Run:
         self.done += 1
         return losses.mean()
 
-    def save(self, path, keep=False):
-        """Write the checkpoint, an older one of the same name being kept under another if asked -> the step saved."""
+    def save(self, path):
+        """Write the checkpoint; an older training's of the same name gets another one first."""
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise ValueError(f"the weights are no longer finite numbers; {path} was left as it was. Try a lower --lr")
-        if keep:
+        if self.fresh and os.path.exists(path):
             keep_older(path)
-        save_checkpoint(path, self.checkpoint())
-        return self.done
-
-    def checkpoint(self):
+        self.fresh = False
         names = [name for name, _ in self.network.named_parameters()]
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        return {**self.fixed, "step": self.done, "ema": dict(zip(names, self.ema, strict=True)),
-                "model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict(),
-                "importance": self.importance.state_dict(), "rng": rng}
+        save_checkpoint(path, {
+            **self.fixed, "step": self.done, "ema": dict(zip(names, self.ema, strict=True)), "model": self.network.state_dict(),
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers], "scaler": self.scaler.state_dict(),
+            "importance": self.importance.state_dict(), "rng": rng_state(self.device)})
 
     def restore(self, path):
         """Go on from a checkpoint. ValueError if it was made with other settings, or is damaged."""
@@ -487,28 +556,48 @@ class Run:
         try:
             check_tensors(checkpoint["model"], self.network.state_dict())
             check_tensors(checkpoint["importance"], self.importance.state_dict())
-            for k, moments in checkpoint["optimizer"].items():
-                like = torch.empty_like(self.weights[k], device="cpu")
-                check_tensors(moments, {"step": torch.zeros(()), "exp_avg": like, "exp_avg_sq": like})
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": check_moments(optimizer, state)})
             self.network.load_state_dict(checkpoint["model"])
             self.importance.load_state_dict(checkpoint["importance"])
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": checkpoint["optimizer"], "param_groups": groups})
             self.scaler.load_state_dict(checkpoint["scaler"])
-            torch.set_rng_state(checkpoint["rng"]["cpu"])
-            if self.device.type == "cuda" and "cuda" in checkpoint["rng"]:
-                torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)
+            rng_state(self.device, checkpoint["rng"])
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
         for ema, saved in zip(self.ema, checkpoint["ema"].values(), strict=True):
             ema.copy_(saved)
-        self.done = checkpoint["step"]
+        self.done, self.fresh = checkpoint["step"], False
+
+
+class ClassifierRun(Run):
+    """The same for a classifier of noisy images."""
+
+    kind = "classifier"
+
+    def draw_t(self, x_0):
+        """t uniform on 0..T, with another quarter at 0, clean images: there sample.py --score looks."""
+        t = torch.randint(0, self.args.timesteps + 1, (len(x_0),), device=self.device)
+        return t * (torch.rand(len(x_0), device=self.device) > 0.25), torch.ones(len(x_0), device=self.device)
+
+    def losses(self, x_0, y, t, noise):
+        """-log p(y | x_t), (B,); x_0 itself at t = 0."""
+        x_t = torch.where((t > 0)[:, None, None, None], self.diffusion.q_sample(x_0, t.clamp(min=1), noise), x_0)
+        return F.cross_entropy(self.model(x_t, t), y, reduction="none")
+
+
+def rng_state(device, state=None):
+    """The random streams that a run draws from, or, if `state` is what this returned once, set them back to it."""
+    streams = {"cpu": torch, **({} if device.type == "cpu" else {device.type: getattr(torch, device.type)})}
+    for name, stream in streams.items():
+        if state is not None and (name == "cpu" or name in state):
+            stream.set_rng_state(state[name])
+    return {name: stream.get_rng_state() for name, stream in streams.items()}
 
 
 def train(args):
     """The training loop."""
     rank, world, local = ranks()
-    device = pick_device(args.device or (f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None))
+    device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -518,13 +607,14 @@ def train(args):
         data.check_writable(args.out)
     if local > 0:
         dist.barrier()                               # the first process of each machine fetches the data, the others wait
-    images, labels, classes = load_data(args, "train")
+    images, labels, classes = load_data(args.dataset, args.only, "train", args.data_dir)
     if world > 1 and local == 0:
         dist.barrier()
+    if (args.conditional or args.classifier) and len(classes) < 2:
+        raise ValueError(f"{args.dataset} has no labels: put them into {args.dataset[:-4]}.labels.npy")
 
-    run = Run(args, images, labels, classes, device, rank, world)
-    exists = os.path.exists(args.out)
-    if args.resume and exists:
+    run = (ClassifierRun if args.classifier else Run)(args, images, labels, classes, device)
+    if args.resume and os.path.exists(args.out):
         run.restore(args.out)
     if world > 1:
         steps = torch.tensor([run.done, -run.done], device=device)
@@ -537,8 +627,8 @@ def train(args):
         f"{device}, {str(run.dtype)[6:]}, steps {run.done} to {args.steps} of {args.batch_size} images", done=True)
 
     stopped = []                                     # Ctrl-C and SIGTERM end the loop after the step in hand; twice: at once
-    handlers = {number: signal.signal(number, lambda number, _: sys.exit(1) if stopped else stopped.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.signal(signum, lambda signum, _: sys.exit(1) if stopped else stopped.append(signum))
+                for signum in (signal.SIGINT, signal.SIGTERM)}
     began = reported = time.monotonic()
     first = saved = run.done
     loss, seen = torch.zeros((), device=device), 0
@@ -547,19 +637,19 @@ def train(args):
         now, last = time.monotonic(), run.done == args.steps
         if now - reported > 1 or last:
             reported, speed = now, (run.done - first) / (now - began)
-            in_a_row, skipped = run.skipped.tolist()
-            if in_a_row >= 100:
-                raise ValueError(f"the gradient has not been finite for {in_a_row:.0f} steps; {args.out} was left as it was. "
-                                 "Try a lower --lr, or --precision fp32")
+            if run.skipped_in_a_row >= 100:
+                raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
+                                 "was. Try a lower --lr, or --precision fp32")
             say(f"step {run.done}/{args.steps}  loss {loss.item() / seen:.4f}  {speed * args.batch_size:.0f} images/s  "
-                f"{clock((args.steps - run.done) / speed)} left" + (f"  {skipped:.0f} steps skipped" if skipped else ""), last)
+                f"{clock((args.steps - run.done) / speed)} left" + (f"  {run.skipped} steps skipped" if run.skipped else ""), last)
             loss, seen = torch.zeros_like(loss), 0
         if rank == 0 and run.done % args.save_every == 0:
-            saved = run.save(args.out, keep=exists and not args.resume and saved == first)
+            run.save(args.out)
+            saved = run.done
     if rank == 0 and saved != run.done:
-        run.save(args.out, keep=exists and not args.resume and saved == first)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        run.save(args.out)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     if world > 1:
         dist.destroy_process_group()
     if run.done < args.steps:
@@ -591,13 +681,13 @@ def clock(seconds):
 
 def measure(model, diffusion, x_0, t):
     """One draw of x_t for each image -> L_{t-1} in bits/dim, L_simple, and x_0's squared error: (3, B). One model call."""
-    noise = torch.randn_like(x_0)
+    noise = diffusion.normal_eps(x_0)
     x_t = diffusion.q_sample(x_0, t, noise)
-    output = model(x_t, t)
-    eps, _ = diffusion.predict(lambda x_t, t: output, x_t, t, clip=False)
-    _, guess = diffusion.predict(lambda x_t, t: output, x_t, t)
+    answer = answered(model(x_t, t))
+    eps, _ = diffusion.predict(answer, x_t, t, clip=False)
+    _, guess = diffusion.predict(answer, x_t, t)
     errors = ((error**2).flatten(1).mean(1) for error in (eps - noise, guess - x_0))
-    return torch.stack([diffusion.vlb_terms(lambda x_t, t: output, x_0, x_t, t), *errors])
+    return torch.stack([diffusion.vlb_terms(answer, x_0, x_t, t), *errors])
 
 
 def choose_terms(T, B, every, device):
@@ -620,8 +710,7 @@ def evaluate(args):
     """Print the test set's L_simple and its bound in bits/dim, split as in Section 4.3, with 95% confidence intervals."""
     device = pick_device(args.device)
     network, diffusion, checkpoint = load_checkpoint(args.evaluate, device)
-    args.dataset, args.only = checkpoint["training"]["dataset"], checkpoint["training"]["only"]
-    images, labels, _ = load_data(args, "test")
+    images, labels = load_like(checkpoint, "test", args.data_dir)
     T, count = diffusion.timesteps, min(args.exact or len(images), len(images))
     torch.manual_seed(args.seed)
     quarters, images_seen = torch.zeros(2, 4), []
@@ -645,8 +734,8 @@ def evaluate(args):
     def shown(x):
         return f"{x.mean():.4f}" + (f" +- {1.96 * x.std() / math.sqrt(len(x)):.4f}" if len(x) > 1 else "")
 
-    data.say(f"{args.dataset}, test split, {count:,} images, {args.evaluate} at step {checkpoint['step']}", done=True)
-    print(f"L_simple    {shown(simple)}   by quarter of t: {'  '.join(f'{q:.4f}' for q in quarters[0] / quarters[1])}\n"
+    data.say(f"{checkpoint['training']['dataset']}, test split, {count:,} images, {args.evaluate} at step {checkpoint['step']}", done=True)
+    print(f"L_simple    {shown(simple)}   by quarter of t: {'  '.join(f'{q:.4f}' for q in quarters[0] / quarters[1].clamp(min=1e-9))}\n"
           f"bits/dim <= {shown(prior + rate + distortion)}, the sum of\n"
           f"  L_T         {prior.mean():.6f}\n"
           f"  rate        {shown(rate)}   L_1 + ... + L_{{T-1}}\n"
@@ -667,9 +756,14 @@ def guarded(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except WrongFlag as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         sys.exit(f"{name}: {error}")
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:                 # the CPU's allocator says it in words, CUDA's by a type
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
+            raise
         sys.exit(f"{name}: out of memory. Try a smaller --batch-size, --accumulate, or a smaller network")
 
 

@@ -190,34 +190,25 @@ class Encoder(nn.Module):
         super().__init__()
         self.patch = patch
         self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
-        self.stages = nn.ModuleList()
-        self.skips, c = [], widths[0]            # the channels of what is handed across
-        self.hand_over(None, c)
+        self.stages, c = nn.ModuleList(), widths[0]
+        self.skips = [c] if patch == 1 else []   # the channels of what is handed across: all (the paper), or of blocks only
         for level, width in enumerate(widths):
             for _ in range(blocks):
                 self.stages.append(Stage(make_block(c, width), *make_attention(level)))
+                self.skips.append(width)
                 c = width
-                self.hand_over(self.stages[-1], c)
             if level + 1 < len(widths):
                 self.stages.append(Downsample(width, learned_resampling))
-                self.hand_over(self.stages[-1], c)
-
-    def hands_over(self, stage):
-        """The paper hands every feature map across; with patches, only blocks do."""
-        return self.patch == 1 or isinstance(stage, Stage)
-
-    def hand_over(self, stage, channels):
-        if self.hands_over(stage):
-            self.skips.append(channels)
+                self.skips += [width] if patch == 1 else []
 
     def forward(self, x, emb):
         H, W = x.shape[-2:]
         x = F.pad(x, (0, -W % self.patch, 0, -H % self.patch))
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))
-        hs = [h] if self.hands_over(None) else []
+        hs = [h] if self.patch == 1 else []
         for stage in self.stages:
             h = stage(h, emb)
-            if self.hands_over(stage):
+            if self.patch == 1 or isinstance(stage, Stage):
                 hs.append(h)
         return h, hs
 
@@ -227,7 +218,7 @@ class UNet(nn.Module):
 
     in_channels, out_channels  of the images, and of the prediction (None: the same; twice as many for a learned variance)
     image_size                 only says which feature maps `attention` means; forward takes any H and W
-    patch                      2: work on 2 x 2 pixels at a time; 1: the paper's
+    patch                      1: the paper's; 2: work on 2 x 2 pixels at a time, with all that the top of this file says
     channels, multipliers      level l has channels * multipliers[l] channels and 1 / 2^l of the size
     blocks                     residual blocks per level (one more on the way up)
     attention                  sizes of the feature maps that get self-attention; the middle always has it
@@ -245,7 +236,7 @@ class UNet(nn.Module):
                  num_classes=None, checkpointing=False):
         super().__init__()
         self.out_channels = in_channels if out_channels is None else out_channels
-        self.patch = patch
+        self.patch, self.num_classes = patch, num_classes
         widths = [channels * m for m in multipliers]
         sizes = [math.ceil(image_size / (patch * 2**level)) for level in range(len(widths))]
 
