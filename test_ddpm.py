@@ -637,6 +637,8 @@ class ImprovedDDPM(unittest.TestCase):
         drawn, weights = sampler.draw(100_000, torch.Generator().manual_seed(0))
         self.assertEqual((int(drawn.min()), int(drawn.max())), (1, 4))
         self.assertAlmostEqual(float((weights * losses[drawn - 1]).mean()), float(losses.mean()), delta=0.02)
+        sampler.update(torch.tensor([1, 2]), torch.tensor([math.nan, math.inf]))                      # a bad step is forgotten
+        close(sampler.probabilities(), 0.999 * losses / 15 + 0.001 / 4, 1e-6)
         other = ddpm.ImportanceSampler(4, history=3)
         other.load_state_dict(sampler.state_dict())
         close(other.probabilities(), sampler.probabilities())
@@ -698,6 +700,12 @@ class DDIM(unittest.TestCase):
         for steps, eta, said in ((0, 0, "steps"), (21, 0, "steps"), (5, 1.5, "eta"), (5, -0.1, "eta"), (5, float("nan"), "eta")):
             with self.assertRaisesRegex(ValueError, said):
                 d.ddim_sample(None, (1, 1, 1, 1), steps, eta)
+
+    def test_strides_of_a_steep_chain_do_not_leave_the_real_numbers(self):
+        d = GaussianDiffusion(linear_beta_schedule(49, 0.02, 0.98))          # 1 - alpha_bar_s - sigma^2 rounds below 0
+        for steps in range(1, 50):
+            x_0 = d.ddim_sample(gaussian_eps(d.exact_alpha_bar), (1, 1, 2, 2), steps, eta=1.0)
+            self.assertTrue(torch.isfinite(x_0).all(), steps)
 
     def test_slerp_keeps_to_the_sphere_and_ends_where_it_should(self):
         a, b = noise(1, 8, 8, seed=1), noise(1, 8, 8, seed=2)
@@ -1415,6 +1423,10 @@ class Commands(InTemporaryFolder):
         self.sampled("--n", "2", "--label", "1", "--classifier", classifier, "--guidance", "2", "--out", out, "--steps", "5")
         self.refused(sample, "no label '7': use an index 0..2 or one of 0, 1, 2", "--checkpoint", self.pt, "--label", "7")
         self.refused(sample, "holds a classifier", "--checkpoint", classifier)
+        other = str(self.folder / "linear.pt")
+        self.trained("--classifier", "--schedule", "linear", "--beta-end", "0.6", out=other)
+        for flag in ("--classifier", "--score"):
+            self.refused(sample, "another schedule", "--checkpoint", self.pt, flag, other)
         self.trained(out=self.pt)
         for flags in (("--label", "1"), ("--guidance", "2")):
             self.refused(sample, "trained without", "--checkpoint", self.pt, *flags)
@@ -1463,6 +1475,35 @@ class Commands(InTemporaryFolder):
         self.trained("--precision", "fp32", "--accumulate", "2", out=str(self.folder / "parts.pt"))
         for name, w in self.weights()["model"].items():
             torch.testing.assert_close(w, self.weights(self.folder / "parts.pt")["model"][name], rtol=1e-3, atol=1e-4)
+
+    def test_the_default_schedule_is_cosine_and_end_points_mean_the_linear_one(self):
+        for schedule, *argv in (("cosine",), ("linear", "--beta-end", "0.03"), ("linear", "--schedule", "linear")):
+            settings = train.settings_of(train.parse_args(argv))["diffusion"]
+            self.assertEqual(settings["schedule"], schedule)
+        self.assertEqual((settings["beta_start"], settings["beta_end"]), (1e-4, 0.02))
+
+    def test_orthogonal_keeps_a_matrixs_directions_and_makes_its_singular_values_alike(self):
+        G = noise(32, 288) @ torch.diag(torch.linspace(0.2, 3, 288))
+        U, before, V = np.linalg.svd(G.double().numpy(), full_matrices=False)
+        after = U.T @ train.orthogonal(G).double().numpy() @ V.T
+        self.assertGreater(before[0] / before[-1], 1.5)
+        self.assertTrue((0.6 < np.diag(after)).all() and (np.diag(after) < 1.25).all(), np.diag(after))
+        self.assertLess(np.abs(after - np.diag(np.diag(after))).max(), 1e-4)
+
+    def test_muon_moves_convolutions_by_orthogonal_matrices_the_size_of_an_adam_step(self):
+        network = unet.UNet(channels=8, multipliers=(1, 2))
+        names = {id(w): name for name, w in network.named_parameters()}
+        adam, muon = train.make_optimizers(network, train.parse_args([]))
+        moved = [w for optimizer in (adam, muon) for group in optimizer.param_groups for w in group["params"]]
+        self.assertEqual(sorted(names[id(w)] for w in moved), sorted(names.values()))                # each weight by one of them
+        for w in muon.param_groups[0]["params"]:
+            w.grad = noise(*w.shape)
+        before = [w.detach().clone() for w in muon.param_groups[0]["params"]]
+        muon.step()
+        for w, old in zip(muon.param_groups[0]["params"], before, strict=True):
+            self.assertEqual(w.ndim, 4)
+            sizes = np.linalg.svd((w - old).detach().flatten(1).numpy(), compute_uv=False) / (0.01 * 0.2 * max(len(w), w[0].numel()) ** 0.5)
+            self.assertTrue((0.5 < sizes).all() and (sizes < 1.3).all(), (names[id(w)], sizes))
 
     # -- stop, go on, and never lose anything
 
@@ -1515,6 +1556,12 @@ class Commands(InTemporaryFolder):
         self.assertEqual((self.folder / "ddpm.1.pt").read_bytes(), first)
         self.trained("--seed", "6")
         self.assertTrue((self.folder / "ddpm.2.pt").exists())
+        link, target = self.folder / "link.pt", self.folder / "target.pt"
+        self.trained(out=str(target))
+        link.symlink_to(target)
+        self.trained("--seed", "5", out=str(link))                            # a link stays one, and its old target is kept
+        self.assertEqual((self.folder / "link.1.pt").read_bytes(), first)
+        self.assertTrue(link.is_symlink() and target.read_bytes() != first)
 
     def test_killed_at_any_moment_the_newest_complete_checkpoint_is_there_and_nothing_piles_up(self):
         rng, kills, steps = random.Random(1), 200 if LONG else 2, []

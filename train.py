@@ -170,6 +170,8 @@ def parse_args(argv=None):
         parser.error(f"--batch-size {args.batch_size} does not divide into {parts} equal parts (processes x --accumulate)")
     if any(args.channels * m % args.heads for m in args.multipliers) or not args.multipliers:
         parser.error(f"--heads {args.heads} must divide --channels {args.channels} times each of --multipliers")
+    if len(args.multipliers) > 12 or max(args.multipliers) > 64:
+        parser.error("--multipliers: at most 12 of them, and none above 64")
     if (args.conditional or args.classifier) and args.only:
         parser.error("--conditional and --classifier need several classes, and --only leaves one")
     if args.conditional and args.classifier:

@@ -19,6 +19,7 @@ CPU, and in these places:
 * fewer and narrower blocks, and self-attention in the middle only.
 """
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -239,6 +240,8 @@ class UNet(nn.Module):
         self.patch, self.num_classes = patch, num_classes
         widths = [channels * m for m in multipliers]
         sizes = [math.ceil(image_size / (patch * 2**level)) for level in range(len(widths))]
+        if set(attention) - set(sizes):
+            warnings.warn(f"attention at {tuple(attention)}: the feature maps have sizes {tuple(sizes)}", stacklevel=2)
 
         def make_block(c_in, c_out):
             return (ConvNeXtBlock if convnext else ResNetBlock)(c_in, c_out, 4 * channels, dropout, scale_shift)
