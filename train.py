@@ -38,61 +38,7 @@ from unet import NoisyClassifier, UNet
 
 FORMAT = "ddpm checkpoint 1"
 
-# ---------------------------------------------------------------------------------------------------------------- flags
-
-
-class WrongFlag(ValueError):
-    """A flag that turns out to be impossible after its value was read: exit code 2, as for one that cannot be read."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line."""
-
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-    def section(self, title):
-        """-> a function that adds a flag to a new group of the help: (flag, default, help, ...)."""
-        group = self.add_argument_group(title)
-
-        def flag(name, default, help, **kind):
-            shown = "" if default is None or default is False or default == "" else f" (default: {default})"
-            group.add_argument(name, default=default, help=help.replace("%", "%%") + shown, **kind)
-
-        return flag
-
-
-def number(kind, wanted, fits):
-    """A flag's type: a finite number of `kind` that `fits`; `wanted` says so in words."""
-    def parse(text):
-        try:
-            value = kind(text)
-            if math.isfinite(value) and fits(value):
-                return value
-        except (ValueError, OverflowError):
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {wanted}")
-
-    return parse
-
-
-def count(most=10**9):
-    """A flag's type: a whole number from 1 on."""
-    return number(int, "of at least 1" + (f" and at most {most:,}" if most < 10**9 else ""), lambda x: 1 <= x <= most)
-
-
-def numbers(text):
-    """A flag's type: whole numbers with commas between them; none at all if empty."""
-    return tuple(count()(part) for part in text.split(",") if text)
-
-
-SEED = number(int, "from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)
-FRACTION = number(float, "from 0 to below 1", lambda x: 0 <= x < 1)
-POSITIVE = number(float, "above 0", lambda x: x > 0)
-NOT_NEGATIVE = number(float, "of at least 0", lambda x: x >= 0)
+# ----------------------------------------------------------------------------------------------------- what can be set
 
 
 def parse_args(argv=None):
@@ -191,254 +137,89 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------------- from settings to networks and back
+# --------------------------------------------------------------------------------------------------- the training loop
 
 
-def ranks():
-    """This process's number, how many there are, and its number on this machine, as torchrun tells it; 0, 1, 0 without."""
-    return tuple(int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+def train(args):
+    """The training loop."""
+    rank, world, local = ranks()
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = data.say if rank == 0 else (lambda text, done=False: None)
+    if rank == 0:
+        data.check_writable(args.out)
+    if local > 0:
+        dist.barrier()                               # the first process of each machine fetches the data, the others wait
+    images, labels, classes = load_data(args.dataset, args.only, "train", args.data_dir)
+    if world > 1 and local == 0:
+        dist.barrier()
+    if (args.conditional or args.classifier) and len(classes) < 2:
+        raise ValueError(f"{args.dataset} has no labels: put them into {args.dataset[:-4]}.labels.npy")
+
+    run = (ClassifierRun if args.classifier else Run)(args, images, labels, classes, device)
+    if args.resume and os.path.exists(args.out):
+        run.restore(args.out)
+    if world > 1:
+        steps = torch.tensor([run.done, -run.done], device=device)
+        dist.all_reduce(steps, dist.ReduceOp.MIN)
+        if int(steps.sum()):
+            raise ValueError(f"--resume: not every machine has the same {args.out}; copy it to all of them")
+    if args.resume and run.done >= args.steps:
+        return say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
+    say(f"{len(images):,} images {'x'.join(map(str, images.shape[1:]))}, {sum(w.numel() for w in run.weights):,} parameters, "
+        f"{device}, {str(run.dtype)[6:]}, steps {run.done} to {args.steps} of {args.batch_size} images", done=True)
+
+    stopped = []                                     # Ctrl-C and SIGTERM end the loop after the step in hand; twice: at once
+    handlers = {signum: signal.signal(signum, lambda signum, _: sys.exit(1) if stopped else stopped.append(signum))
+                for signum in (signal.SIGINT, signal.SIGTERM)}
+    began = reported = time.monotonic()
+    first = saved = run.done
+    loss, seen = torch.zeros((), device=device), 0
+    while run.done < args.steps and not stop_agreed(stopped, run):
+        loss, seen = loss + run.step(), seen + 1
+        now, last = time.monotonic(), run.done == args.steps
+        if now - reported > 1 or last:
+            reported, speed = now, (run.done - first) / (now - began)
+            if run.skipped_in_a_row >= 100:
+                raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
+                                 "was. Try a lower --lr, or --precision fp32")
+            say(f"step {run.done}/{args.steps}  loss {loss.item() / seen:.4f}  {speed * args.batch_size:.0f} images/s  "
+                f"{clock((args.steps - run.done) / speed)} left" + (f"  {run.skipped} steps skipped" if run.skipped else ""), last)
+            loss, seen = torch.zeros_like(loss), 0
+        if rank == 0 and run.done % args.save_every == 0:
+            run.save(args.out)
+            saved = run.done
+    if rank == 0 and saved != run.done:
+        run.save(args.out)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    if world > 1:
+        dist.destroy_process_group()
+    if run.done < args.steps:
+        say(f"stopped at step {run.done}, saved in {args.out}. To go on: python {shlex.join(sys.argv)}"
+            + ("" if args.resume else " --resume"), done=True)
+        sys.exit(128 + stopped[0] if stopped else 1)
+    say(f"{run.done - first} steps, {(run.done - first) * args.batch_size:,} images, in {clock(time.monotonic() - began)}; "
+        f"averaged weights in {args.out}. Next: python sample.py"
+        + (f" --checkpoint {args.out}" * (args.out != "ddpm.pt") if run.kind == "ddpm" else f" --score {args.out}"), done=True)
 
 
-def pick_device(name):
-    """The device of that name, seen to work; the best there is if None; a GPU each for torchrun's processes."""
-    _, world, local = ranks()
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
-    try:
-        device = torch.device(name or best)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local)
-        torch.zeros(1, device=device).item()
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise WrongFlag(f"--device {name}: {str(error).splitlines()[0]}") from None
+def stop_agreed(stopped, run):
+    """Whether to stop: with several processes, all at the same step, every tenth of which they ask each other."""
+    if run.world == 1 or run.done % 10:
+        return bool(stopped) and run.world == 1
+    flag = torch.tensor(float(len(stopped)), device=run.device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
 
 
-def pick_dtype(precision, device):
-    """What autocast computes in. auto is bf16 where the hardware multiplies matrices in it, else fp32."""
-    if precision == "auto":
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-                "cpu": lambda: cpu.get("amx_bf16") or cpu.get("avx512_bf16")}.get(device.type, bool)()
-        precision = "bf16" if fast else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def make_diffusion(timesteps, schedule, beta_start, beta_end, beta_min, beta_max, prediction, variance, loss):
-    """GaussianDiffusion from a checkpoint's "diffusion" settings."""
-    betas = (linear_beta_schedule(timesteps, beta_start, beta_end) if schedule == "linear"
-             else cosine_beta_schedule(timesteps, beta_min=beta_min, beta_max=beta_max))
-    return GaussianDiffusion(betas, prediction, variance, loss)
-
-
-def settings_of(args):
-    """What --resume must find unchanged, in two dicts: of the diffusion, and of the training."""
-    return {group: {name: getattr(args, name) for name in names} for group, names in (
-        ("diffusion", ("timesteps", "schedule", "beta_start", "beta_end", "beta_min", "beta_max", "prediction", "variance",
-                       "loss")),
-        ("training", ("dataset", "only", "flip", "batch_size", "accumulate", "optimizer", "lr", "warmup", "weight_decay", "ema",
-                      "label_dropout", "precision", "seed")))}
-
-
-def network_settings(args, shape, classes):
-    """The constructor arguments of the network for images of `shape` (C, H, W)."""
-    return {"in_channels": shape[0], "out_channels": shape[0] * (2 if args.variance.startswith("learned") else 1),
-            "image_size": shape[1], "patch": args.patch, "channels": args.channels, "multipliers": args.multipliers,
-            "blocks": args.blocks, "attention": args.attention, "heads": args.heads, "dropout": args.dropout,
-            "convnext": args.block == "convnext", "scale_shift": args.embedding == "scale-shift",
-            "checkpointing": args.checkpointing, "num_classes": len(classes) if args.conditional else None}
-
-
-def make_network(kind, settings, classes):
-    """The network of a checkpoint's "network" settings, with fresh weights."""
-    network = UNet(**settings)
-    return NoisyClassifier(network, len(classes)) if kind == "classifier" else network
-
-
-# ----------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def load_checkpoint(path, device, kind="ddpm"):
-    """A checkpoint of train.py -> (model with EMA weights, diffusion, the checkpoint's dict).
-
-    The model is a UNet (x, t, y) in eval mode on `device`; kind="classifier" loads a classifier instead. Nothing in the
-    file is run (weights_only), and every field is checked before it is used: ValueError says what is wrong with `path`.
-    """
-    checkpoint, network = read_checkpoint(path)
-    if checkpoint["kind"] != kind:
-        raise ValueError(f"{path} holds a {checkpoint['kind']}, not a {kind}: see --classifier of train.py")
-    network = network.to_empty(device=device).eval().requires_grad_(False)
-    network.load_state_dict(checkpoint["ema"])
-    return network, make_diffusion(**checkpoint["diffusion"]).to(device), checkpoint
-
-
-def read_checkpoint(path):
-    """A checkpoint's dict, checked, and its network without weights. ValueError if it is not one, or is damaged."""
-    if not os.path.exists(path):
-        raise ValueError(f"there is no {path}: make it with python train.py, or name another one")
-    try:
-        with zipfile.ZipFile(path) as archive:       # what torch.save writes: an archive that is not compressed
-            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
-                raise ValueError("it unpacks to more than its size")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        check_fields(checkpoint)
-        with torch.device("meta"):                   # takes no memory, whatever the settings ask for
-            network = make_network(checkpoint["kind"], checkpoint["network"], checkpoint["classes"])
-        check_tensors(checkpoint["ema"], network.state_dict())
-        make_diffusion(**checkpoint["diffusion"])
-        return checkpoint, network
-    except OSError:
-        raise
-    except Exception as error:  # noqa: BLE001       a damaged or hostile file can fail in any way on its way in
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged ({reason[:200]})") from None
-
-
-def check_fields(checkpoint):
-    """ValueError unless the plain fields are of their types and in sane ranges: they decide how much work a rebuild is."""
-    def whole(value, high):
-        return type(value) is int and 1 <= value <= high
-
-    network, (C, H, W), classes = checkpoint["network"], checkpoint["shape"], checkpoint["classes"]
-    sizes = {"in_channels": 3, "out_channels": 6, "channels": 2**14, "blocks": 64, "patch": 64, "heads": 2**14,
-             "image_size": 2**14}
-    for right, field in (
-            (checkpoint["format"] == FORMAT, "format"), (checkpoint["kind"] in ("ddpm", "classifier"), "kind"),
-            (type(checkpoint["step"]) is int and checkpoint["step"] >= 0, "step"),
-            (isinstance(checkpoint["training"]["dataset"], str) and isinstance(checkpoint["training"]["only"], (str, type(None))),
-             "training"),
-            (C == network["in_channels"] and whole(H, 2**14) and whole(W, 2**14), "shape"),
-            (type(classes) is tuple and 1 <= len(classes) <= 2**16 and all(type(name) is str for name in classes), "classes"),
-            *((whole(network[name], high), name) for name, high in sizes.items()),
-            (1 <= len(network["multipliers"]) <= 12 and all(whole(m, 64) for m in network["multipliers"]), "multipliers"),
-            (network["num_classes"] in (None, len(classes)), "num_classes"),
-            (network["channels"] % network["heads"] == 0, "heads"),
-            (network["out_channels"] == C * (1 + checkpoint["diffusion"]["variance"].startswith("learned")), "out_channels"),
-            (whole(checkpoint["diffusion"]["timesteps"], 10**6), "timesteps")):
-        if not right:
-            raise ValueError(f"its {field} is not what it should be")
-
-
-def check_tensors(tensors, like):
-    """ValueError unless `tensors` has the names, shapes and types of `like`, and finite numbers only."""
-    if not isinstance(tensors, dict) or tensors.keys() != like.keys():
-        raise ValueError("its weights are not those of its network")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != like[name].shape or tensor.dtype != like[name].dtype:
-            raise ValueError(f"{name} does not have the shape or type of its network")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} has numbers that are not finite")
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint so that, whatever happens, `path` is a complete one: the old or the new."""
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
-    with data.atomic(path) as file:
-        file.write(content.getbuffer())
-
-
-def keep_older(path):
-    """Give the model that a new training would overwrite another name: ddpm.1.pt, ddpm.2.pt, ..."""
-    stem, suffix = os.path.splitext(path)
-    kept = next(name for k in range(1, 10**6) if not os.path.exists(name := f"{stem}.{k}{suffix}"))
-    try:
-        os.link(os.path.realpath(path), kept)              # two names for a moment: `path` is there all the time
-    except OSError:
-        shutil.copy2(path, kept)
-    data.say(f"{path} was there already and is now {kept}", done=True)
-
-
-# -------------------------------------------------------------------------------------------------------------- training
-
-
-def load_data(dataset, only, split, data_dir):
-    """-> images uint8 (N, C, H, W), labels (N,), and the names of the classes; of the class `only` if that is not None."""
-    images, labels = data.load_dataset(dataset, split, data_dir)
-    classes = data.class_names(dataset, labels)
-    if only is not None:
-        chosen = labels == data.find_label(only, classes)
-        images, labels = images[chosen], labels[chosen]
-        if len(images) == 0:
-            raise ValueError(f"--only {only}: {dataset} has no image of it")
-    return images, labels, classes
-
-
-def load_like(checkpoint, split, data_dir):
-    """Images and labels of the data that a checkpoint was trained on. ValueError if they have become something else."""
-    dataset = checkpoint["training"]["dataset"]
-    images, labels, _ = load_data(dataset, checkpoint["training"]["only"], split, data_dir)
-    if tuple(images.shape[1:]) != checkpoint["shape"] or labels.max() >= len(checkpoint["classes"]):
-        raise ValueError(f"the checkpoint was trained on images {checkpoint['shape']} of {len(checkpoint['classes'])} classes, but "
-                         f"{dataset} ({split}) holds {tuple(images.shape[1:])} of {int(labels.max()) + 1}")
-    return images, labels
-
-
-def learning_rate(step, args):
-    """Up in a straight line over the warm-up, the first step not at 0; then down in another, to 0 at the end."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / (args.warmup + 1)
-    return args.lr * (args.steps - step) / max(args.steps - args.warmup, 1)
-
-
-def orthogonal(G):
-    """Nearly the orthogonal matrix nearest to G (m, n), m <= n: five steps of a polynomial that pushes all singular values
-    towards 1 (about 0.7 to 1.2 come out)."""
-    G = G / G.norm().clamp(min=1e-7)
-    for _ in range(5):
-        A = G @ G.T
-        G = 3.4445 * G + (2.0315 * A @ A - 4.7750 * A) @ G
-    return G
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for convolutions (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-
-    Every direction of a weight matrix (C_out, C_in kh kw) then learns at the same pace; the scale gives a step the size of
-    an Adam step. torch.optim.Muon takes no convolutions, and its bfloat16 is slow on CPUs without units for it.
-    """
-
-    def __init__(self, weights, lr, weight_decay=0.0):
-        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        group = self.param_groups[0]
-        for w in group["params"]:
-            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
-            momentum.lerp_(w.grad, 0.05)
-            G = w.grad.lerp(momentum, 0.95).flatten(1)                                # Nesterov's: a look ahead
-            G = orthogonal(G) if len(G) <= G.shape[1] else orthogonal(G.T).T
-            w.mul_(1 - group["lr"] * group["weight_decay"])
-            w.sub_(G.reshape(w.shape), alpha=group["lr"] * 0.2 * math.sqrt(max(G.shape)))
-
-
-def make_optimizers(network, args):
-    """Adam for all weights, or Muon for the convolutions between feature maps and Adam for the rest."""
-    inner = [w for name, w in network.named_parameters()
-             if args.optimizer == "muon" and w.ndim == 4 and "conv_in" not in name and "conv_out" not in name]
-    rest = [w for w in network.parameters() if all(w is not v for v in inner)]
-    # beta_2 = 0.99 rather than Adam's 0.999: a run of minutes should not average gradients over most of itself.
-    adam = torch.optim.AdamW(rest, args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=rest[0].device.type != "mps")
-    return [adam, Muon(inner, args.lr, args.weight_decay)] if inner else [adam]
-
-
-def check_moments(optimizer, state):
-    """An optimizer's saved state, laid out as its weights are on this device. ValueError if it is not that."""
-    weights = optimizer.param_groups[0]["params"]
-    if state and state.keys() != set(range(len(weights))):
-        raise ValueError("its optimizer is another network's")
-    for k, moments in state.items():
-        likes = {name: torch.zeros(()) if name == "step" else weights[k].detach() for name in
-                 (("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq"))}
-        check_tensors(moments, likes)
-        state[k] = {name: torch.empty_like(like).copy_(moments[name]) for name, like in likes.items()}
-    return state
-
-
-@torch.no_grad()
-def update_ema(ema, weights, decay, step):
-    """ema <- decay ema + (1 - decay) weights, in place; a shorter memory at first, so that the start is forgotten."""
-    torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
+def clock(seconds):
+    """Seconds as 4:05 or 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
 class Run:
@@ -587,6 +368,19 @@ class ClassifierRun(Run):
         return F.cross_entropy(self.model(x_t, t), y, reduction="none")
 
 
+def learning_rate(step, args):
+    """Up in a straight line over the warm-up, the first step not at 0; then down in another, to 0 at the end."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / (args.warmup + 1)
+    return args.lr * (args.steps - step) / max(args.steps - args.warmup, 1)
+
+
+@torch.no_grad()
+def update_ema(ema, weights, decay, step):
+    """ema <- decay ema + (1 - decay) weights, in place; a shorter memory at first, so that the start is forgotten."""
+    torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
+
+
 def rng_state(device, state=None):
     """The random streams that a run draws from, or, if `state` is what this returned once, set them back to it."""
     streams = {"cpu": torch, **({} if device.type == "cpu" else {device.type: getattr(torch, device.type)})}
@@ -596,115 +390,65 @@ def rng_state(device, state=None):
     return {name: stream.get_rng_state() for name, stream in streams.items()}
 
 
-def train(args):
-    """The training loop."""
-    rank, world, local = ranks()
-    device = pick_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = data.say if rank == 0 else (lambda text, done=False: None)
-    if rank == 0:
-        data.check_writable(args.out)
-    if local > 0:
-        dist.barrier()                               # the first process of each machine fetches the data, the others wait
-    images, labels, classes = load_data(args.dataset, args.only, "train", args.data_dir)
-    if world > 1 and local == 0:
-        dist.barrier()
-    if (args.conditional or args.classifier) and len(classes) < 2:
-        raise ValueError(f"{args.dataset} has no labels: put them into {args.dataset[:-4]}.labels.npy")
-
-    run = (ClassifierRun if args.classifier else Run)(args, images, labels, classes, device)
-    if args.resume and os.path.exists(args.out):
-        run.restore(args.out)
-    if world > 1:
-        steps = torch.tensor([run.done, -run.done], device=device)
-        dist.all_reduce(steps, dist.ReduceOp.MIN)
-        if int(steps.sum()):
-            raise ValueError(f"--resume: not every machine has the same {args.out}; copy it to all of them")
-    if args.resume and run.done >= args.steps:
-        return say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
-    say(f"{len(images):,} images {'x'.join(map(str, images.shape[1:]))}, {sum(w.numel() for w in run.weights):,} parameters, "
-        f"{device}, {str(run.dtype)[6:]}, steps {run.done} to {args.steps} of {args.batch_size} images", done=True)
-
-    stopped = []                                     # Ctrl-C and SIGTERM end the loop after the step in hand; twice: at once
-    handlers = {signum: signal.signal(signum, lambda signum, _: sys.exit(1) if stopped else stopped.append(signum))
-                for signum in (signal.SIGINT, signal.SIGTERM)}
-    began = reported = time.monotonic()
-    first = saved = run.done
-    loss, seen = torch.zeros((), device=device), 0
-    while run.done < args.steps and not stop_agreed(stopped, run):
-        loss, seen = loss + run.step(), seen + 1
-        now, last = time.monotonic(), run.done == args.steps
-        if now - reported > 1 or last:
-            reported, speed = now, (run.done - first) / (now - began)
-            if run.skipped_in_a_row >= 100:
-                raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
-                                 "was. Try a lower --lr, or --precision fp32")
-            say(f"step {run.done}/{args.steps}  loss {loss.item() / seen:.4f}  {speed * args.batch_size:.0f} images/s  "
-                f"{clock((args.steps - run.done) / speed)} left" + (f"  {run.skipped} steps skipped" if run.skipped else ""), last)
-            loss, seen = torch.zeros_like(loss), 0
-        if rank == 0 and run.done % args.save_every == 0:
-            run.save(args.out)
-            saved = run.done
-    if rank == 0 and saved != run.done:
-        run.save(args.out)
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    if world > 1:
-        dist.destroy_process_group()
-    if run.done < args.steps:
-        say(f"stopped at step {run.done}, saved in {args.out}. To go on: python {shlex.join(sys.argv)}"
-            + ("" if args.resume else " --resume"), done=True)
-        sys.exit(128 + stopped[0] if stopped else 1)
-    say(f"{run.done - first} steps, {(run.done - first) * args.batch_size:,} images, in {clock(time.monotonic() - began)}; "
-        f"averaged weights in {args.out}. Next: python sample.py"
-        + (f" --checkpoint {args.out}" * (args.out != "ddpm.pt") if run.kind == "ddpm" else f" --score {args.out}"), done=True)
+# ----------------------------------------------------------------------------------------------- how weights are moved
 
 
-def stop_agreed(stopped, run):
-    """Whether to stop: with several processes, all at the same step, every tenth of which they ask each other."""
-    if run.world == 1 or run.done % 10:
-        return bool(stopped) and run.world == 1
-    flag = torch.tensor(float(len(stopped)), device=run.device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
+def make_optimizers(network, args):
+    """Adam for all weights, or Muon for the convolutions between feature maps and Adam for the rest."""
+    inner = [w for name, w in network.named_parameters()
+             if args.optimizer == "muon" and w.ndim == 4 and "conv_in" not in name and "conv_out" not in name]
+    rest = [w for w in network.parameters() if all(w is not v for v in inner)]
+    # beta_2 = 0.99 rather than Adam's 0.999: a run of minutes should not average gradients over most of itself.
+    adam = torch.optim.AdamW(rest, args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=rest[0].device.type != "mps")
+    return [adam, Muon(inner, args.lr, args.weight_decay)] if inner else [adam]
 
 
-def clock(seconds):
-    """Seconds as 4:05 or 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for convolutions (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-
-# ------------------------------------------------------------------------------------------------------------ evaluation
-
-
-def measure(model, diffusion, x_0, t):
-    """One draw of x_t for each image -> L_{t-1} in bits/dim, L_simple, and x_0's squared error: (3, B). One model call."""
-    noise = diffusion.normal_eps(x_0)
-    x_t = diffusion.q_sample(x_0, t, noise)
-    answer = answered(model(x_t, t))
-    eps, _ = diffusion.predict(answer, x_t, t, clip=False)
-    _, guess = diffusion.predict(answer, x_t, t)
-    errors = ((error**2).flatten(1).mean(1) for error in (eps - noise, guess - x_0))
-    return torch.stack([diffusion.vlb_terms(answer, x_0, x_t, t), *errors])
-
-
-def choose_terms(T, B, every, device):
-    """Times to measure for B images: t (R, B), and weights (R, B) that make sums over them estimate sums over 1 .. T.
-
-    t = 1 always; of 2 .. T every one, or four at random, about as likely as they are large (L_{t-1} falls like 1/t).
+    Every direction of a weight matrix (C_out, C_in kh kw) then learns at the same pace; the scale gives a step the size of
+    an Adam step. torch.optim.Muon takes no convolutions, and its bfloat16 is slow on CPUs without units for it.
     """
-    first, later = torch.ones(1, B, dtype=torch.int64, device=device), torch.arange(2, T + 1, device=device)
-    if every or T == 1:
-        times = torch.cat([first, later[:, None].expand(-1, B)])
-        return times, torch.ones_like(times, dtype=torch.float32)
-    probability = 1 / later + 5 / T
-    probability = probability / probability.sum()
-    pick = torch.multinomial(probability, 4 * B, replacement=True).view(4, B)
-    return torch.cat([first, later[pick]]), torch.cat([first.float(), 1 / (4 * probability[pick])])
+
+    def __init__(self, weights, lr, weight_decay=0.0):
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for w in group["params"]:
+            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
+            momentum.lerp_(w.grad, 0.05)
+            G = w.grad.lerp(momentum, 0.95).flatten(1)                                # Nesterov's: a look ahead
+            G = orthogonal(G) if len(G) <= G.shape[1] else orthogonal(G.T).T
+            w.mul_(1 - group["lr"] * group["weight_decay"])
+            w.sub_(G.reshape(w.shape), alpha=group["lr"] * 0.2 * math.sqrt(max(G.shape)))
+
+
+def orthogonal(G):
+    """Nearly the orthogonal matrix nearest to G (m, n), m <= n: five steps of a polynomial that pushes all singular values
+    towards 1 (about 0.7 to 1.2 come out)."""
+    G = G / G.norm().clamp(min=1e-7)
+    for _ in range(5):
+        A = G @ G.T
+        G = 3.4445 * G + (2.0315 * A @ A - 4.7750 * A) @ G
+    return G
+
+
+def check_moments(optimizer, state):
+    """An optimizer's saved state, laid out as its weights are on this device. ValueError if it is not that."""
+    weights = optimizer.param_groups[0]["params"]
+    if state and state.keys() != set(range(len(weights))):
+        raise ValueError("its optimizer is another network's")
+    for k, moments in state.items():
+        likes = {name: torch.zeros(()) if name == "step" else weights[k].detach() for name in
+                 (("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq"))}
+        check_tensors(moments, likes)
+        state[k] = {name: torch.empty_like(like).copy_(moments[name]) for name, like in likes.items()}
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
 
 
 @torch.inference_mode()
@@ -744,10 +488,266 @@ def evaluate(args):
           f"  distortion  {shown(distortion)}   L_0; RMSE {127.5 * squared_error.mean().sqrt():.2f} of 255")
 
 
-def main(argv=None):
-    """Train, or evaluate, as the flags say."""
-    args = parse_args(argv)
-    (evaluate if args.evaluate else train)(args)
+def choose_terms(T, B, every, device):
+    """Times to measure for B images: t (R, B), and weights (R, B) that make sums over them estimate sums over 1 .. T.
+
+    t = 1 always; of 2 .. T every one, or four at random, about as likely as they are large (L_{t-1} falls like 1/t).
+    """
+    first, later = torch.ones(1, B, dtype=torch.int64, device=device), torch.arange(2, T + 1, device=device)
+    if every or T == 1:
+        times = torch.cat([first, later[:, None].expand(-1, B)])
+        return times, torch.ones_like(times, dtype=torch.float32)
+    probability = 1 / later + 5 / T
+    probability = probability / probability.sum()
+    pick = torch.multinomial(probability, 4 * B, replacement=True).view(4, B)
+    return torch.cat([first, later[pick]]), torch.cat([first.float(), 1 / (4 * probability[pick])])
+
+
+def measure(model, diffusion, x_0, t):
+    """One draw of x_t for each image -> L_{t-1} in bits/dim, L_simple, and x_0's squared error: (3, B). One model call."""
+    noise = diffusion.normal_eps(x_0)
+    x_t = diffusion.q_sample(x_0, t, noise)
+    answer = answered(model(x_t, t))
+    eps, _ = diffusion.predict(answer, x_t, t, clip=False)
+    _, guess = diffusion.predict(answer, x_t, t)
+    errors = ((error**2).flatten(1).mean(1) for error in (eps - noise, guess - x_0))
+    return torch.stack([diffusion.vlb_terms(answer, x_0, x_t, t), *errors])
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def load_checkpoint(path, device, kind="ddpm"):
+    """A checkpoint of train.py -> (model with EMA weights, diffusion, the checkpoint's dict).
+
+    The model is a UNet (x, t, y) in eval mode on `device`; kind="classifier" loads a classifier instead. Nothing in the
+    file is run (weights_only), and every field is checked before it is used: ValueError says what is wrong with `path`.
+    """
+    checkpoint, network = read_checkpoint(path)
+    if checkpoint["kind"] != kind:
+        raise ValueError(f"{path} holds a {checkpoint['kind']}, not a {kind}: see --classifier of train.py")
+    network = network.to_empty(device=device).eval().requires_grad_(False)
+    network.load_state_dict(checkpoint["ema"])
+    return network, make_diffusion(**checkpoint["diffusion"]).to(device), checkpoint
+
+
+def read_checkpoint(path):
+    """A checkpoint's dict, checked, and its network without weights. ValueError if it is not one, or is damaged."""
+    if not os.path.exists(path):
+        raise ValueError(f"there is no {path}: make it with python train.py, or name another one")
+    try:
+        with zipfile.ZipFile(path) as archive:       # what torch.save writes: an archive that is not compressed
+            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+                raise ValueError("it unpacks to more than its size")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_fields(checkpoint)
+        with torch.device("meta"):                   # takes no memory, whatever the settings ask for
+            network = make_network(checkpoint["kind"], checkpoint["network"], checkpoint["classes"])
+        check_tensors(checkpoint["ema"], network.state_dict())
+        make_diffusion(**checkpoint["diffusion"])
+        return checkpoint, network
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001       a damaged or hostile file can fail in any way on its way in
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged ({reason[:200]})") from None
+
+
+def check_fields(checkpoint):
+    """ValueError unless the plain fields are of their types and in sane ranges: they decide how much work a rebuild is."""
+    def whole(value, high):
+        return type(value) is int and 1 <= value <= high
+
+    network, (C, H, W), classes = checkpoint["network"], checkpoint["shape"], checkpoint["classes"]
+    sizes = {"in_channels": 3, "out_channels": 6, "channels": 2**14, "blocks": 64, "patch": 64, "heads": 2**14,
+             "image_size": 2**14}
+    for right, field in (
+            (checkpoint["format"] == FORMAT, "format"), (checkpoint["kind"] in ("ddpm", "classifier"), "kind"),
+            (type(checkpoint["step"]) is int and checkpoint["step"] >= 0, "step"),
+            (isinstance(checkpoint["training"]["dataset"], str) and isinstance(checkpoint["training"]["only"], (str, type(None))),
+             "training"),
+            (C == network["in_channels"] and whole(H, 2**14) and whole(W, 2**14), "shape"),
+            (type(classes) is tuple and 1 <= len(classes) <= 2**16 and all(type(name) is str for name in classes), "classes"),
+            *((whole(network[name], high), name) for name, high in sizes.items()),
+            (1 <= len(network["multipliers"]) <= 12 and all(whole(m, 64) for m in network["multipliers"]), "multipliers"),
+            (network["num_classes"] in (None, len(classes)), "num_classes"),
+            (network["channels"] % network["heads"] == 0, "heads"),
+            (network["out_channels"] == C * (1 + checkpoint["diffusion"]["variance"].startswith("learned")), "out_channels"),
+            (whole(checkpoint["diffusion"]["timesteps"], 10**6), "timesteps")):
+        if not right:
+            raise ValueError(f"its {field} is not what it should be")
+
+
+def check_tensors(tensors, like):
+    """ValueError unless `tensors` has the names, shapes and types of `like`, and finite numbers only."""
+    if not isinstance(tensors, dict) or tensors.keys() != like.keys():
+        raise ValueError("its weights are not those of its network")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != like[name].shape or tensor.dtype != like[name].dtype:
+            raise ValueError(f"{name} does not have the shape or type of its network")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has numbers that are not finite")
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint so that, whatever happens, `path` is a complete one: the old or the new."""
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    with data.atomic(path) as file:
+        file.write(content.getbuffer())
+
+
+def keep_older(path):
+    """Give the model that a new training would overwrite another name: ddpm.1.pt, ddpm.2.pt, ..."""
+    stem, suffix = os.path.splitext(path)
+    kept = next(name for k in range(1, 10**6) if not os.path.exists(name := f"{stem}.{k}{suffix}"))
+    try:
+        os.link(os.path.realpath(path), kept)              # two names for a moment: `path` is there all the time
+    except OSError:
+        shutil.copy2(path, kept)
+    data.say(f"{path} was there already and is now {kept}", done=True)
+
+
+# ------------------------------------------------------------------------- from settings to data, devices and networks
+
+
+def load_data(dataset, only, split, data_dir):
+    """-> images uint8 (N, C, H, W), labels (N,), and the names of the classes; of the class `only` if that is not None."""
+    images, labels = data.load_dataset(dataset, split, data_dir)
+    classes = data.class_names(dataset, labels)
+    if only is not None:
+        chosen = labels == data.find_label(only, classes)
+        images, labels = images[chosen], labels[chosen]
+        if len(images) == 0:
+            raise ValueError(f"--only {only}: {dataset} has no image of it")
+    return images, labels, classes
+
+
+def load_like(checkpoint, split, data_dir):
+    """Images and labels of the data that a checkpoint was trained on. ValueError if they have become something else."""
+    dataset = checkpoint["training"]["dataset"]
+    images, labels, _ = load_data(dataset, checkpoint["training"]["only"], split, data_dir)
+    if tuple(images.shape[1:]) != checkpoint["shape"] or labels.max() >= len(checkpoint["classes"]):
+        raise ValueError(f"the checkpoint was trained on images {checkpoint['shape']} of {len(checkpoint['classes'])} classes, but "
+                         f"{dataset} ({split}) holds {tuple(images.shape[1:])} of {int(labels.max()) + 1}")
+    return images, labels
+
+
+def make_diffusion(timesteps, schedule, beta_start, beta_end, beta_min, beta_max, prediction, variance, loss):
+    """GaussianDiffusion from a checkpoint's "diffusion" settings."""
+    betas = (linear_beta_schedule(timesteps, beta_start, beta_end) if schedule == "linear"
+             else cosine_beta_schedule(timesteps, beta_min=beta_min, beta_max=beta_max))
+    return GaussianDiffusion(betas, prediction, variance, loss)
+
+
+def make_network(kind, settings, classes):
+    """The network of a checkpoint's "network" settings, with fresh weights."""
+    network = UNet(**settings)
+    return NoisyClassifier(network, len(classes)) if kind == "classifier" else network
+
+
+def settings_of(args):
+    """What --resume must find unchanged, in two dicts: of the diffusion, and of the training."""
+    return {group: {name: getattr(args, name) for name in names} for group, names in (
+        ("diffusion", ("timesteps", "schedule", "beta_start", "beta_end", "beta_min", "beta_max", "prediction", "variance",
+                       "loss")),
+        ("training", ("dataset", "only", "flip", "batch_size", "accumulate", "optimizer", "lr", "warmup", "weight_decay", "ema",
+                      "label_dropout", "precision", "seed")))}
+
+
+def network_settings(args, shape, classes):
+    """The constructor arguments of the network for images of `shape` (C, H, W)."""
+    return {"in_channels": shape[0], "out_channels": shape[0] * (2 if args.variance.startswith("learned") else 1),
+            "image_size": shape[1], "patch": args.patch, "channels": args.channels, "multipliers": args.multipliers,
+            "blocks": args.blocks, "attention": args.attention, "heads": args.heads, "dropout": args.dropout,
+            "convnext": args.block == "convnext", "scale_shift": args.embedding == "scale-shift",
+            "checkpointing": args.checkpointing, "num_classes": len(classes) if args.conditional else None}
+
+
+def ranks():
+    """This process's number, how many there are, and its number on this machine, as torchrun tells it; 0, 1, 0 without."""
+    return tuple(int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+
+
+def pick_device(name):
+    """The device of that name, seen to work; the best there is if None; a GPU each for torchrun's processes."""
+    _, world, local = ranks()
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
+    try:
+        device = torch.device(name or best)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local)
+        torch.zeros(1, device=device).item()
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise WrongFlag(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+def pick_dtype(precision, device):
+    """What autocast computes in. auto is bf16 where the hardware multiplies matrices in it, else fp32."""
+    if precision == "auto":
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        units = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+                 else device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16")))
+        precision = "bf16" if units else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def section(self, title):
+        """-> a function that adds a flag to a new group of the help: (flag, default, help, ...)."""
+        group = self.add_argument_group(title)
+
+        def flag(name, default, help, **kind):
+            shown = "" if default is None or default is False or default == "" else f" (default: {default})"
+            group.add_argument(name, default=default, help=help.replace("%", "%%") + shown, **kind)
+
+        return flag
+
+
+class WrongFlag(ValueError):
+    """A flag that turns out to be impossible after its value was read: exit code 2, as for one that cannot be read."""
+
+
+def number(kind, wanted, fits):
+    """A flag's type: a finite number of `kind` that `fits`; `wanted` says so in words."""
+    def parse(text):
+        try:
+            value = kind(text)
+            if math.isfinite(value) and fits(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number {wanted}")
+
+    return parse
+
+
+def count(most=10**9):
+    """A flag's type: a whole number from 1 on."""
+    return number(int, "of at least 1" + (f" and at most {most:,}" if most < 10**9 else ""), lambda x: 1 <= x <= most)
+
+
+def numbers(text):
+    """A flag's type: whole numbers with commas between them; none at all if empty."""
+    return tuple(count()(part) for part in text.split(",") if text)
+
+
+SEED = number(int, "from 0 to 2^63 - 1", lambda x: 0 <= x < 2**63)
+FRACTION = number(float, "from 0 to below 1", lambda x: 0 <= x < 1)
+POSITIVE = number(float, "above 0", lambda x: x > 0)
+NOT_NEGATIVE = number(float, "of at least 0", lambda x: x >= 0)
 
 
 def guarded(main):
@@ -767,6 +767,12 @@ def guarded(main):
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
             raise
         sys.exit(f"{name}: out of memory. Try a smaller --batch-size, --accumulate, or a smaller network")
+
+
+def main(argv=None):
+    """Train, or evaluate, as the flags say."""
+    args = parse_args(argv)
+    (evaluate if args.evaluate else train)(args)
 
 
 if __name__ == "__main__":
