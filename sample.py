@@ -54,7 +54,7 @@ def parse_args(argv=None):
     flag("--steps", None, "calls of the network per image (default: T for ddpm, 50 for ddim)", type=count())
     flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)", type=number(float, "from 0 to 1", lambda x: 0 <= x <= 1))
     flag("--batch-size", 256, "images at a time", type=count())
-    flag("--precision", "fp32", "as in train.py", choices=("auto", "fp32", "bf16", "fp16"))
+    flag("--precision", "auto", "as in train.py", choices=("auto", "fp32", "bf16", "fp16"))
     flag("--compile", False, "torch.compile the network", action="store_true")
     flag("--device", None, "cpu, cuda, cuda:1, mps; default: the best there is")
 
@@ -336,19 +336,18 @@ def main(argv=None):
     if world > 1:                                    # it carries finished pixels only, and may wait for the slowest
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     torch.manual_seed(args.seed)
-    dtype = pick_dtype(args.precision, device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        if rank == 0:
-            draw_others(args, network, diffusion, checkpoint, device)
-        if args.out:
-            film = Recorder(steps)
+    if rank == 0:
+        draw_others(args, network, diffusion, checkpoint, device)
+    if args.out:
+        film, dtype = Recorder(steps), pick_dtype(args.precision, device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             pixels = draw(args, network, classifier, diffusion, checkpoint, labels, device, film)
-            if rank == 0:
-                write(args, classes, pixels, labels, film.frames)
-                if args.nearest:
-                    draw_nearest(args, checkpoint, pixels)
-                if judge:
-                    score(args, judge, checkpoint, pixels, labels, device)
+        if rank == 0:
+            write(args, classes, pixels, labels, film.frames)
+            if args.nearest:
+                draw_nearest(args, checkpoint, pixels)
+            if judge:
+                score(args, judge, checkpoint, pixels, labels, device)
     if world > 1:
         dist.destroy_process_group()
 

@@ -80,7 +80,7 @@ def parse_args(argv=None):
          action="store_true")
 
     flag = parser.section("optimisation")
-    flag("--steps", 6000, "optimiser steps (the paper: 800000)", type=count())
+    flag("--steps", 5500, "optimiser steps (the paper: 800000)", type=count())
     flag("--batch-size", 64, "images per step, of all processes together (the paper: 128)", type=count())
     flag("--accumulate", 1, "compute each batch in this many parts, to save memory", type=count())
     flag("--optimizer", "muon", "adam is the paper's; muon moves convolutions by orthogonal matrices: after the same training "
@@ -101,7 +101,7 @@ def parse_args(argv=None):
     flag = parser.section("output")
     flag("--out", None, "checkpoint to write (default: ddpm.pt; classifier.pt with --classifier)", metavar="FILE.pt")
     flag("--save-every", 1000, "steps between checkpoints; there is always one at the end", type=count())
-    flag("--resume", False, "go on from --out, exactly as if it had never stopped", action="store_true")
+    flag("--resume", False, "go on from --out, exactly as if it had never stopped (after the last step: with a larger --steps, and a rate that jumps up again)", action="store_true")
     flag("--evaluate", None, "measure a checkpoint on the test set instead: L_simple and bits/dim", metavar="FILE.pt")
     flag("--exact", 0, "with --evaluate: all T terms of this many images, instead of random terms of all",
          type=number(int, "of at least 0", lambda x: x >= 0), metavar="IMAGES")
@@ -141,14 +141,50 @@ def parse_args(argv=None):
 
 
 def train(args):
-    """The training loop."""
+    """Algorithm 1's loop: take steps until all are taken, report every second, save now and then."""
+    run = prepare(args)
+    if args.resume and run.done >= args.steps:
+        return run.say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
+    stopped = []                                     # Ctrl-C and SIGTERM end the loop after the step in hand; twice: at once
+    handlers = {signum: signal.signal(signum, lambda signum, _: sys.exit(1) if stopped else stopped.append(signum))
+                for signum in (signal.SIGINT, signal.SIGTERM)}
+    began = reported = time.monotonic()
+    first, losses, taken = run.done, torch.zeros((), device=run.device), 0
+    while run.done < args.steps and not stop_agreed(stopped, run):
+        losses, taken = losses + run.step(), taken + 1
+        now, last = time.monotonic(), run.done == args.steps
+        if now - reported > 1 or last:
+            speed, skipped = (run.done - first) / (now - began), f"  {run.skipped} steps skipped" if run.skipped else ""
+            if run.skipped_in_a_row >= 100:
+                raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
+                                 "was. Try a lower --lr, or --precision fp32")
+            run.say(f"step {run.done}/{args.steps}  loss {losses.item() / taken:.4f}  {speed * args.batch_size:.0f} images/s  "
+                    f"{clock((args.steps - run.done) / speed)} left{skipped}", done=last)
+            reported, losses, taken = now, torch.zeros_like(losses), 0
+        if run.done % args.save_every == 0:
+            run.save(args.out)
+    run.save(args.out)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    if run.world > 1:
+        dist.destroy_process_group()
+    if run.done < args.steps:
+        run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: python {shlex.join(sys.argv)}"
+                + ("" if args.resume else " --resume"), done=True)
+        sys.exit(128 + stopped[0] if stopped else 1)
+    run.say(f"{run.done - first} steps, {(run.done - first) * args.batch_size:,} images, in {clock(time.monotonic() - began)}; "
+            f"averaged weights in {args.out}. Next: python sample.py"
+            + (f" --checkpoint {args.out}" * (args.out != "ddpm.pt") if run.kind == "ddpm" else f" --score {args.out}"), done=True)
+
+
+def prepare(args):
+    """Device, data and network: a Run that is ready for its next step, whether its first or, with --resume, a later one."""
     rank, world, local = ranks()
     device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = data.say if rank == 0 else (lambda text, done=False: None)
     if rank == 0:
         data.check_writable(args.out)
     if local > 0:
@@ -158,7 +194,6 @@ def train(args):
         dist.barrier()
     if (args.conditional or args.classifier) and len(classes) < 2:
         raise ValueError(f"{args.dataset} has no labels: put them into {args.dataset[:-4]}.labels.npy")
-
     run = (ClassifierRun if args.classifier else Run)(args, images, labels, classes, device)
     if args.resume and os.path.exists(args.out):
         run.restore(args.out)
@@ -167,44 +202,10 @@ def train(args):
         dist.all_reduce(steps, dist.ReduceOp.MIN)
         if int(steps.sum()):
             raise ValueError(f"--resume: not every machine has the same {args.out}; copy it to all of them")
-    if args.resume and run.done >= args.steps:
-        return say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
-    say(f"{len(images):,} images {'x'.join(map(str, images.shape[1:]))}, {sum(w.numel() for w in run.weights):,} parameters, "
-        f"{device}, {str(run.dtype)[6:]}, steps {run.done} to {args.steps} of {args.batch_size} images", done=True)
-
-    stopped = []                                     # Ctrl-C and SIGTERM end the loop after the step in hand; twice: at once
-    handlers = {signum: signal.signal(signum, lambda signum, _: sys.exit(1) if stopped else stopped.append(signum))
-                for signum in (signal.SIGINT, signal.SIGTERM)}
-    began = reported = time.monotonic()
-    first = saved = run.done
-    loss, seen = torch.zeros((), device=device), 0
-    while run.done < args.steps and not stop_agreed(stopped, run):
-        loss, seen = loss + run.step(), seen + 1
-        now, last = time.monotonic(), run.done == args.steps
-        if now - reported > 1 or last:
-            reported, speed = now, (run.done - first) / (now - began)
-            if run.skipped_in_a_row >= 100:
-                raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
-                                 "was. Try a lower --lr, or --precision fp32")
-            say(f"step {run.done}/{args.steps}  loss {loss.item() / seen:.4f}  {speed * args.batch_size:.0f} images/s  "
-                f"{clock((args.steps - run.done) / speed)} left" + (f"  {run.skipped} steps skipped" if run.skipped else ""), last)
-            loss, seen = torch.zeros_like(loss), 0
-        if rank == 0 and run.done % args.save_every == 0:
-            run.save(args.out)
-            saved = run.done
-    if rank == 0 and saved != run.done:
-        run.save(args.out)
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    if world > 1:
-        dist.destroy_process_group()
     if run.done < args.steps:
-        say(f"stopped at step {run.done}, saved in {args.out}. To go on: python {shlex.join(sys.argv)}"
-            + ("" if args.resume else " --resume"), done=True)
-        sys.exit(128 + stopped[0] if stopped else 1)
-    say(f"{run.done - first} steps, {(run.done - first) * args.batch_size:,} images, in {clock(time.monotonic() - began)}; "
-        f"averaged weights in {args.out}. Next: python sample.py"
-        + (f" --checkpoint {args.out}" * (args.out != "ddpm.pt") if run.kind == "ddpm" else f" --score {args.out}"), done=True)
+        run.say(f"{len(images):,} images {'x'.join(map(str, images.shape[1:]))}, {sum(w.numel() for w in run.weights):,} "
+                f"parameters, {device}, {str(run.dtype)[6:]}, steps {run.done} to {args.steps} of {args.batch_size} images", done=True)
+    return run
 
 
 def stop_agreed(stopped, run):
@@ -231,7 +232,9 @@ class Run:
         torch.manual_seed(args.seed)
         self.args, self.images, self.labels, self.device = args, images.to(device), labels.to(device), device
         self.rank, self.world, _ = ranks()
-        self.done, self.fresh = 0, True                 # steps taken; whether --out, if it exists, is another training's
+        self.say = data.say if self.rank == 0 else (lambda text, done=False: None)
+        self.done = self.saved = 0                      # steps taken; at the last time that it was saved
+        self.fresh = True                               # whether --out, if it exists, is another training's
         shape = tuple(images.shape[1:])
         self.fixed = {"format": FORMAT, "kind": self.kind, "shape": shape, "classes": classes, **settings_of(args),
                       "network": network_settings(args, shape, classes)}
@@ -271,7 +274,7 @@ class Run:
     def losses(self, x_0, y, t, noise):
         """Algorithm 1's loss of each image, (B,)."""
         labels = y if self.args.conditional else None
-        return self.diffusion.training_losses(lambda x_t, t: self.model(x_t, t, labels).float(), x_0, t, noise)
+        return self.diffusion.training_losses(lambda x_t, t: self.model(x_t, t, labels), x_0, t, noise)
 
     def step(self):
         """One step of the optimiser -> the mean loss of this process's images, on the device.
@@ -316,12 +319,14 @@ class Run:
         return losses.mean()
 
     def save(self, path):
-        """Write the checkpoint; an older training's of the same name gets another one first."""
+        """Write the checkpoint, unless it is written; an older training's of the same name gets another one first."""
+        if self.rank > 0 or self.saved == self.done:
+            return
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise ValueError(f"the weights are no longer finite numbers; {path} was left as it was. Try a lower --lr")
         if self.fresh and os.path.exists(path):
             keep_older(path)
-        self.fresh = False
+        self.fresh, self.saved = False, self.done
         names = [name for name, _ in self.network.named_parameters()]
         save_checkpoint(path, {
             **self.fixed, "step": self.done, "ema": dict(zip(names, self.ema, strict=True)), "model": self.network.state_dict(),
@@ -349,7 +354,7 @@ class Run:
             raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
         for ema, saved in zip(self.ema, checkpoint["ema"].values(), strict=True):
             ema.copy_(saved)
-        self.done, self.fresh = checkpoint["step"], False
+        self.done, self.saved, self.fresh = checkpoint["step"], checkpoint["step"], False
 
 
 class ClassifierRun(Run):
@@ -430,8 +435,8 @@ def orthogonal(G):
     towards 1 (about 0.7 to 1.2 come out)."""
     G = G / G.norm().clamp(min=1e-7)
     for _ in range(5):
-        A = G @ G.T
-        G = 3.4445 * G + (2.0315 * A @ A - 4.7750 * A) @ G
+        A = G @ G.T                                          # G <- 3.4445 G - 4.7750 A G + 2.0315 A A G
+        G = torch.addmm(G, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), G, beta=3.4445)
     return G
 
 

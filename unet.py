@@ -274,7 +274,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t, y=None):
         """x (B, in_channels, H, W), t (B,) integers >= 0, y (B,) int64 in 0..num_classes or None
-        -> (B, out_channels, H, W)."""
+        -> (B, out_channels, H, W), of x's type even where autocast computes in a shorter one."""
         H, W = x.shape[-2:]
         emb = self.embedding(t, y)
         h, hs = self.encoder(x, emb)
@@ -286,7 +286,7 @@ class UNet(nn.Module):
                 h = stage(torch.cat([h, hs.pop()], dim=1), emb)
         assert not hs
         h = self.conv_out(F.silu(self.norm_out(h)))
-        h = F.pixel_shuffle(h, self.patch)[..., :H, :W]
+        h = F.pixel_shuffle(h, self.patch)[..., :H, :W].to(x.dtype)
         if self.gate is None:
             return h
         more = self.out_channels - x.shape[1]                                # variance channels get nothing of x
@@ -312,4 +312,4 @@ class NoisyClassifier(nn.Module):
 
     def forward(self, x, t):
         """-> logits (B, num_classes)."""
-        return self.head(self.features(x, t))
+        return self.head(self.features(x, t)).to(x.dtype)
