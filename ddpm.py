@@ -169,7 +169,7 @@ class GaussianDiffusion(nn.Module):
 
         clip=True holds x_0 in [-1, 1], where images live, and derives eps again from it. Algorithm 2 as printed does not
         clip; the authors' code does, and samples are better for it: an error of eps_theta counts 1 / sqrt(alpha_bar_t)
-        times in x_0, 150 times at t = T. Whoever uses x_0 and eps together (Eq. 11, DDIM) must use this pair.
+        times in x_0, 150 times at the paper's t = T. Whoever uses x_0 and eps together (Eq. 11, DDIM) must use this pair.
         """
         t = self.times(t, x_t)
         output, _ = self.split(model(x_t, t), x_t)

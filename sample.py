@@ -52,7 +52,8 @@ def parse_args(argv=None):
     flag("--sampler", "ddpm", "ddpm: the paper's Algorithm 2, on a subsequence if --steps is below T; ddim: Song et al.",
          choices=("ddpm", "ddim"))
     flag("--steps", None, "calls of the network per image (default: T for ddpm, 50 for ddim)", type=count())
-    flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)", type=number(float, "from 0 to 1", lambda x: 0 <= x <= 1))
+    flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)",
+         type=number(float, "from 0 to 1", lambda x: 0 <= x <= 1))
     flag("--batch-size", 256, "images at a time", type=count())
     flag("--precision", "auto", "as in train.py", choices=("auto", "fp32", "bf16", "fp16"))
     flag("--compile", False, "torch.compile the network", action="store_true")
@@ -65,7 +66,8 @@ def parse_args(argv=None):
     flag("--trajectory", None, "also a film strip of 8 images from x_T to x_0, each above its predicted x_0 (Figure 6)",
          metavar="FILE")
     flag("--movie", None, "also the reverse process as an animated PNG", metavar="FILE.png")
-    flag("--nearest", None, "also 10 images, each beside the 5 training images nearest to it: does it memorise?", metavar="FILE")
+    flag("--nearest", None, "also 10 images, each beside the 5 training images nearest to it: does it memorise?",
+         metavar="FILE")
     flag("--score", None, "also the samples' Frechet distance to the test set in the features of this classifier, and its "
          "accuracy on their labels", metavar="FILE.pt")
 
@@ -246,8 +248,8 @@ def draw_reconstruction(args, network, diffusion, checkpoint, device):
     x_0, y = held_out(args, checkpoint, 10, device)
     model = network if network.num_classes is None else (lambda x_t, t: network(x_t, t, y))
     steps = args.steps or min(100, diffusion.timesteps)
-    x_T = diffusion.ddim_invert(model, x_0, steps)
-    again = diffusion.ddim_sample(model, x_0.shape, steps, x_T=x_T, clip=False)
+    x_T = diffusion.ddim_invert(model, x_0, steps)           # the way back is clipped: see what an error counts in `predict`
+    again = diffusion.ddim_sample(model, x_0.shape, steps, x_T=x_T)
     data.save_image(args.reconstruct, *rows(x_0, x_T, again))
     error = 127.5 * (again - x_0).square().mean().sqrt()
     print(f"reconstruction error, root mean square: {error:.2f} of 255, in {steps} steps")
@@ -271,7 +273,7 @@ def draw_interpolation(args, network, diffusion, checkpoint, device):
     T, weights = diffusion.timesteps, torch.linspace(0, 1, 9)
     steps = args.steps or min(100, T)
     a, b = diffusion.ddim_invert(network, x_0, steps)
-    strips = [diffusion.ddim_sample(network, (9, *x_0.shape[1:]), steps, x_T=slerp(a, b, weights), clip=False)]
+    strips = [diffusion.ddim_sample(network, (9, *x_0.shape[1:]), steps, x_T=slerp(a, b, weights))]
     for t in (T // 4, T // 2, 3 * T // 4):
         strips.append(diffusion.interpolate(network, *x_0, weights, max(t, 1)))
     strips = [torch.cat([x_0[:1], strip, x_0[1:]]) for strip in strips]
