@@ -55,7 +55,8 @@ def parse_args(argv=None):
     flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)",
          type=number(float, "from 0 to 1", lambda x: 0 <= x <= 1))
     flag("--batch-size", 256, "images at a time", type=count())
-    flag("--precision", "auto", "as in train.py", choices=("auto", "fp32", "bf16", "fp16"))
+    flag("--precision", "auto", "as in train.py; auto asks what this machine does fast",
+         choices=("auto", "fp32", "bf16", "fp16"))
     flag("--compile", False, "torch.compile the network", action="store_true")
     flag("--device", None, "cpu, cuda, cuda:1, mps; default: the best there is")
 
@@ -100,11 +101,12 @@ def check_files(args, colour):
     for path in filter(None, (args.out, *(getattr(args, name) for name in PICTURES))):
         if colour and Path(path).suffix.lower() == ".pgm":
             raise WrongFlag(f"{path}: a .pgm is grey, and {args.checkpoint} draws in colour; use .ppm or .png")
-        data.check_writable(path)
+        if ranks()[0] == 0:
+            data.check_writable(path)
 
 
 class Recorder:
-    """An on_step that keeps 41 frames of a chain of `steps` steps, as pixels: (x_t, predicted x_0), each (N, C, H, W)."""
+    """An on_step that keeps 41 frames of a chain of `steps` steps, or all, as pixels: (x_t, predicted x_0), each (N, C, H, W)."""
 
     def __init__(self, steps):
         self.wanted, self.calls, self.frames = set(np.linspace(0, steps, 41).round().astype(int).tolist()), 0, []
@@ -137,14 +139,12 @@ def sampler(args, diffusion):
     return sample, steps
 
 
-def load_classifier(path, device, diffusion, checkpoint):
-    """A classifier for the images and the noise of `diffusion` and `checkpoint`, and the names of its classes."""
+def load_classifier(path, device, checkpoint):
+    """A classifier for images like the checkpoint's, its diffusion, and the names of its classes."""
     classifier, its_diffusion, other = load_checkpoint(path, device, "classifier")
     if other["shape"] != checkpoint["shape"]:
         raise ValueError(f"{path} was trained on images {other['shape']}, not {checkpoint['shape']}")
-    if not torch.equal(its_diffusion.exact_alpha_bar, diffusion.exact_alpha_bar):
-        raise ValueError(f"{path} was trained with another schedule: its t means other noise (see --schedule of train.py)")
-    return classifier, other["classes"]
+    return classifier, its_diffusion, other["classes"]
 
 
 def choose_labels(args, classes):
@@ -328,9 +328,11 @@ def main(argv=None):
     check_files(args, checkpoint["shape"][0] == 3)
     classes, classifier, judge = checkpoint["classes"] if network.num_classes else None, None, None
     if args.classifier:
-        classifier, classes = load_classifier(args.classifier, device, diffusion, checkpoint)
-    if args.score:
-        judge, _ = load_classifier(args.score, device, diffusion, checkpoint)
+        classifier, its_diffusion, classes = load_classifier(args.classifier, device, checkpoint)
+        if not torch.equal(its_diffusion.exact_alpha_bar, diffusion.exact_alpha_bar):
+            raise ValueError(f"{args.classifier} was trained with another schedule: its t means other noise (see --schedule)")
+    if args.score:                                   # looks at clean images only, for which any schedule will do
+        judge, _, _ = load_classifier(args.score, device, checkpoint)
     labels = choose_labels(args, classes)
     _, steps = sampler(args, diffusion)
     if args.compile:

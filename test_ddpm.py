@@ -1425,8 +1425,8 @@ class Commands(InTemporaryFolder):
         self.refused(sample, "holds a classifier", "--checkpoint", classifier)
         other = str(self.folder / "linear.pt")
         self.trained("--classifier", "--schedule", "linear", "--beta-end", "0.6", out=other)
-        for flag in ("--classifier", "--score"):
-            self.refused(sample, "another schedule", "--checkpoint", self.pt, flag, other)
+        self.refused(sample, "another schedule", "--checkpoint", self.pt, "--classifier", other)
+        self.sampled("--n", "4", "--out", out, "--score", other)                 # clean images have no schedule
         self.trained(out=self.pt)
         for flags in (("--label", "1"), ("--guidance", "2")):
             self.refused(sample, "trained without", "--checkpoint", self.pt, *flags)
@@ -1711,7 +1711,7 @@ class Commands(InTemporaryFolder):
 
     def test_every_command_in_the_readme_is_understood_and_runs(self):
         readme = (HERE / "README.md").read_text()
-        found = re.findall(r"(?:python|torchrun --nproc-per-node=\d+) (train|sample)\.py((?: [^`&#\n]*)?)", readme)
+        found = re.findall(r"(?:python|torchrun --nproc-per-node=\d+ --) (train|sample)\.py((?: [^`&#\n]*)?)", readme)
         self.assertGreater(len(found), 25)
         self.trained()
         self.trained("--classifier", out=str(self.folder / "classifier.pt"))

@@ -2,7 +2,7 @@
 
     python train.py                                     Fashion-MNIST on whatever this machine has: minutes on a laptop
     python train.py --resume                            go on after Ctrl-C, a reboot, or with a larger --steps
-    torchrun --nproc-per-node=8 train.py ...            the same on eight GPUs; --batch-size is that of all together
+    torchrun --nproc-per-node=8 -- train.py            the same on eight GPUs; --batch-size is that of all together
 
 It writes ddpm.pt, which sample.py draws from and `train.py --evaluate ddpm.pt` measures on the test set.
 """
@@ -84,8 +84,8 @@ def parse_args(argv=None):
     flag("--steps", 5500, "optimiser steps (the paper: 800000)", type=count())
     flag("--batch-size", 64, "images per step, of all processes together (the paper: 128)", type=count())
     flag("--accumulate", 1, "compute each batch in this many parts, to save memory", type=count())
-    flag("--optimizer", "muon", "adam is the paper's; muon moves convolutions by orthogonal matrices: distance 0.24 after "
-         "128,000 images, with adam 0.36", choices=("muon", "adam"))
+    flag("--optimizer", "muon", "adam is the paper's; muon updates convolutions by orthogonal matrices: distance 0.24 "
+         "after 128,000 images, with adam 0.36", choices=("muon", "adam"))
     flag("--lr", None, "learning rate after the warm-up; it then falls to 0 (default: 0.01 for muon, 0.005 for adam; the paper: "
          "0.0002, constant)", type=POSITIVE)
     flag("--warmup", 100, "steps over which the rate rises", type=number(int, "of at least 0", lambda x: x >= 0))
@@ -94,7 +94,7 @@ def parse_args(argv=None):
          type=FRACTION)
     flag("--precision", "auto", "auto: bf16 where CUDA or the CPU (AVX512-BF16, AMX) has units for it, else fp32",
          choices=("auto", "fp32", "bf16", "fp16"))
-    flag("--compile", False, "torch.compile the network: a minute's wait, then faster on CUDA", action="store_true")
+    flag("--compile", False, "torch.compile the network: a minute's wait first; meant for GPUs", action="store_true")
     flag("--checkpointing", False, "compute blocks twice rather than remember them: less memory, more time",
          action="store_true")
     flag("--seed", 0, "of everything random", type=SEED)
@@ -110,6 +110,8 @@ def parse_args(argv=None):
          type=number(int, "of at least 0", lambda x: x >= 0), metavar="IMAGES")
 
     args = parser.parse_args(argv)
+    if args.dataset not in data.DATASETS and not args.dataset.endswith(".npy"):
+        parser.error(f"unknown data set {args.dataset!r}: use {', '.join(data.DATASETS)}, or the path of a FILE.npy")
     args.lr = args.lr or {"muon": 0.01, "adam": 0.005}[args.optimizer]
     args.out = args.out or ("classifier.pt" if args.classifier else "ddpm.pt")
     if args.flip is None:
@@ -155,12 +157,12 @@ def train(args):
     first, losses, taken = run.done, torch.zeros((), device=run.device), 0
     while run.done < args.steps and not stop_agreed(stopped, run):
         losses, taken = losses + run.step(), taken + 1
+        if run.skipped_in_a_row >= 100:
+            raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
+                             "was. Try a lower --lr, or --precision fp32")
         now, last = time.monotonic(), run.done == args.steps
         if now - reported > 1 or last:
             speed, skipped = (run.done - first) / (now - began), f"  {run.skipped} steps skipped" if run.skipped else ""
-            if run.skipped_in_a_row >= 100:
-                raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
-                                 "was. Try a lower --lr, or --precision fp32")
             run.say(f"step {run.done}/{args.steps}  loss {losses.item() / taken:.4f}  {speed * args.batch_size:.0f} images/s  "
                     f"{clock((args.steps - run.done) / speed)} left{skipped}", done=last)
             reported, losses, taken = now, torch.zeros_like(losses), 0
@@ -172,8 +174,9 @@ def train(args):
     if run.world > 1:
         dist.destroy_process_group()
     if run.done < args.steps:
-        run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: python {shlex.join(sys.argv)}"
-                + ("" if args.resume else " --resume"), done=True)
+        again = shlex.join(sys.argv) + ("" if args.resume else " --resume")
+        run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: python {again}" if run.done > first
+                else "stopped before the first step; there is nothing to save", done=True)
         sys.exit(128 + stopped[0] if stopped else 1)
     taken, named = run.done - first, "" if args.out == "ddpm.pt" else f" --checkpoint {args.out}"
     run.say(f"{taken} steps, {taken * args.batch_size:,} images, in {clock(time.monotonic() - began)}; averaged weights in "
@@ -237,7 +240,8 @@ class Run:
         self.args, self.images, self.labels, self.device = args, images.to(device), labels.to(device), device
         self.rank, self.world, _ = ranks()
         self.say = data.say if self.rank == 0 else (lambda text, done=False: None)
-        self.done = self.saved = 0                      # steps taken; at the last time that it was saved
+        self.done = 0                                   # steps taken
+        self.changed = False                            # whether there is something to save
         self.fresh = True                               # whether --out, if it exists, is another training's
         shape = tuple(images.shape[1:])
         self.fixed = {"format": FORMAT, "kind": self.kind, "shape": shape, "classes": classes, **settings_of(args),
@@ -306,7 +310,7 @@ class Run:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         if torch.isfinite(norm):
-            self.skipped_in_a_row = 0
+            self.skipped_in_a_row, self.changed = 0, True
             for optimizer in self.optimizers:
                 optimizer.step()
         else:
@@ -323,14 +327,14 @@ class Run:
         return losses.mean()
 
     def save(self, path):
-        """Write the checkpoint, unless it is written; an older training's of the same name gets another one first."""
-        if self.rank > 0 or self.saved == self.done:
+        """Write the checkpoint, if anything has changed; an older training's of the same name gets another one first."""
+        if self.rank > 0 or not self.changed:
             return
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise ValueError(f"the weights are no longer finite numbers; {path} was left as it was. Try a lower --lr")
         if self.fresh and os.path.exists(path):
             keep_older(path)
-        self.fresh, self.saved = False, self.done
+        self.fresh = self.changed = False
         names = [name for name, _ in self.network.named_parameters()]
         save_checkpoint(path, {
             **self.fixed, "step": self.done, "model": self.network.state_dict(),
@@ -359,7 +363,7 @@ class Run:
             raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
         for ema, saved in zip(self.ema, checkpoint["ema"].values(), strict=True):
             ema.copy_(saved)
-        self.done, self.saved, self.fresh = checkpoint["step"], checkpoint["step"], False
+        self.done, self.fresh = checkpoint["step"], False
 
 
 class ClassifierRun(Run):
@@ -400,13 +404,14 @@ def rng_state(device, state=None):
     return {name: stream.get_rng_state() for name, stream in streams.items()}
 
 
-# ----------------------------------------------------------------------------------------------- how weights are moved
+# ----------------------------------------------------------------------------------------------- how weights are updated
 
 
 def make_optimizers(network, args):
     """Adam for all weights, or Muon for the convolutions between feature maps and Adam for the rest."""
     inner = [w for name, w in network.named_parameters()
-             if args.optimizer == "muon" and w.ndim == 4 and "conv_in" not in name and "conv_out" not in name]
+             if args.optimizer == "muon" and w.ndim == 4 and w.shape[1] > 1 and "conv_in" not in name
+             and "conv_out" not in name]
     rest = [w for w in network.parameters() if all(w is not v for v in inner)]
     # beta_2 = 0.99 rather than Adam's 0.999: a run of minutes should not average gradients over most of itself.
     adam = torch.optim.AdamW(rest, args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=rest[0].device.type != "mps")
@@ -417,7 +422,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for convolutions (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     Every direction of a weight matrix (C_out, C_in kh kw) then learns at the same pace; the scale gives a step the size of
-    an Adam step. torch.optim.Muon takes no convolutions, and its bfloat16 is slow on CPUs without units for it.
+    an Adam step (Liu et al. 2025, 2502.16982). torch.optim.Muon takes no convolutions, and computes in bfloat16, which is
+    slow on CPUs without units for it.
     """
 
     def __init__(self, weights, lr, weight_decay=0.0):
@@ -437,7 +443,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(G):
     """Nearly the orthogonal matrix nearest to G (m, n), m <= n: five steps of a polynomial that pushes all singular values
-    towards 1 (about 0.7 to 1.2 come out)."""
+    towards 1 (about 0.7 to 1.2 come out; of those that start very small, less)."""
     G = G / G.norm().clamp(min=1e-7)
     for _ in range(5):
         A = G @ G.T                                          # G <- 3.4445 G - 4.7750 A G + 2.0315 A A G
@@ -627,7 +633,10 @@ def load_data(dataset, only, split, data_dir):
     images, labels = data.load_dataset(dataset, split, data_dir)
     classes = data.class_names(dataset, labels)
     if only is not None:
-        chosen = labels == data.find_label(only, classes)
+        try:
+            chosen = labels == data.find_label(only, classes)
+        except ValueError as error:
+            raise WrongFlag(f"--only: {error}") from None
         images, labels = images[chosen], labels[chosen]
         if len(images) == 0:
             raise ValueError(f"--only {only}: {dataset} has no image of it")
