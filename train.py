@@ -109,7 +109,11 @@ def parse_args(argv=None):
     flag("--exact", 0, "with --evaluate: all T terms of this many images, instead of random terms of all",
          type=number(int, "of at least 0", lambda x: x >= 0), metavar="IMAGES")
 
-    args = parser.parse_args(argv)
+    return settled(parser.parse_args(argv), parser)
+
+
+def settled(args, parser):
+    """The settings with the defaults that depend on others filled in; settings that contradict each other are refused."""
     if args.dataset not in data.DATASETS and not args.dataset.endswith(".npy"):
         parser.error(f"unknown data set {args.dataset!r}: use {', '.join(data.DATASETS)}, or the path of a FILE.npy")
     args.lr = args.lr or {"muon": 0.01, "adam": 0.005}[args.optimizer]
