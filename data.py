@@ -194,8 +194,11 @@ def read_cifar10(path, split="train", md5=None):
 
 def load_npy(path, split):
     """Images and labels of a FILE.npy: see load_dataset."""
+    labelled = path.with_suffix(".labels.npy").exists()
     if split == "test" and path.with_suffix(".test.npy").exists():
         path = path.with_suffix(".test.npy")
+    elif split == "test":
+        say(f"there is no {path.with_suffix('.test.npy')}: {path} itself is taken for the test split", done=True)
     images = read_npy(path)
     if images.dtype != np.uint8:
         raise ValueError(f"{path} holds {images.dtype}; it must hold uint8 pixels, 0..255")
@@ -213,6 +216,8 @@ def load_npy(path, split):
                              f"it holds {labels.dtype} {labels.shape}")
         if labels.min() < 0 or labels.max() > 65535:
             raise ValueError(f"{beside} has labels from {labels.min()} to {labels.max()}; they must count from 0")
+    elif labelled:
+        raise ValueError(f"there is no {beside}, and the training images have labels")
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -299,7 +304,7 @@ def say(text, done=False):
     if done or time.monotonic() - _last_said > (0.1 if terminal else 10):
         _last_said = time.monotonic()
         if terminal:
-            text = f"\r{text[:shutil.get_terminal_size().columns - 1]}\033[K"
+            text = f"\r{text if done else text[:shutil.get_terminal_size().columns - 1]}\033[K"
         print(text, end="" if terminal and not done else "\n", flush=True)
 
 

@@ -1,8 +1,10 @@
-"""Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020, arXiv 2006.11239): the paper's maths, in its order.
+"""Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020, arXiv 2006.11239): the paper's maths.
 
     beta_t, alpha_t = 1 - beta_t, alpha_bar_t = alpha_1 ... alpha_t      how fast an image turns into noise, t = 1 .. T
     q(x_t | x_{t-1}), q(x_t | x_0), q(x_{t-1} | x_t, x_0)                the forward process: fixed, nothing to learn
     p_theta(x_{t-1} | x_t)                                               the reverse process, learned through eps_theta
+
+in the order in which one needs it: the forward process, Algorithm 1, the reverse process, Algorithm 2, the bound.
 
 Conventions. "Eq. 4" is the paper's; other papers are named. t runs 1 .. T as in the paper; index 0 of every schedule
 means clean data (beta_0 = 0, alpha_bar_0 = 1), so alpha_bar_{t-1} needs no special case. Images are float32 in [-1, 1].
@@ -82,7 +84,7 @@ class GaussianDiffusion(nn.Module):
             self.register_buffer(name, table.float(), persistent=False)
 
     def times(self, t, x):
-        """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T, where that is cheap to see."""
+        """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T (on a GPU, looking would mean waiting)."""
         t = torch.as_tensor(t)
         if t.device.type == "cpu" and t.numel() and (t.is_floating_point() or t.min() < 1 or t.max() > self.timesteps):
             raise ValueError(f"t must be whole numbers in 1..{self.timesteps} (1..T, as in the paper), not {t.tolist()}")
@@ -133,18 +135,19 @@ class GaussianDiffusion(nn.Module):
             return self.l_vlb(output, x_0, x_t, t)
         if self.loss == "hybrid":
             return self.l_hybrid(output, x_0, x_t, t, eps)
-        return self.l_simple(output, x_0, x_t, t, eps, {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[self.loss])
+        return self.l_simple(output, x_0, x_t, t, eps)
 
-    def l_simple(self, output, x_0, x_t, t, eps, pixelwise=F.mse_loss):
+    def l_simple(self, output, x_0, x_t, t, eps):
         """Eq. 14, (B,); a mean over the pixels rather than a sum, so that it reads the same at every image size."""
         prediction, _ = self.split(output, x_t)
+        pixelwise = {"l1": F.l1_loss, "huber": F.huber_loss}.get(self.loss, F.mse_loss)
         return pixelwise(prediction, self.target(x_0, x_t, t, eps), reduction="none").flatten(1).mean(1)
 
     def target(self, x_0, x_t, t, eps):
         """What the model is asked for, (B, C, H, W): the paper's eps (Eq. 14), or what `prediction` says.
 
-        The paper tries the mean too (Table 2); x0 and v ask for the same information at other weights of t
-        (v: Salimans & Ho 2022). x_0, x_t and eps are tied by Eq. 4, so whatever is predicted gives the others.
+        The paper tries the mean too (Table 2). Eq. 4 ties x_0, x_t and eps together, so whatever is predicted gives the
+        others; as a loss, x0 and v (Salimans & Ho 2022) weight the times differently.
         """
         if self.prediction == "eps":
             return eps
@@ -168,8 +171,9 @@ class GaussianDiffusion(nn.Module):
         """One call of the model at x_t (B, C, H, W) -> (eps, x_0), its prediction seen as noise and as image.
 
         clip=True holds x_0 in [-1, 1], where images live, and derives eps again from it. Algorithm 2 as printed does not
-        clip; the authors' code does, and samples are better for it: an error of eps_theta counts 1 / sqrt(alpha_bar_t)
-        times in x_0, 150 times at the paper's t = T. Whoever uses x_0 and eps together (Eq. 11, DDIM) must use this pair.
+        clip; the authors' code does, and samples are better for it: Eq. 15 multiplies an error of eps_theta by
+        sqrt(1 - alpha_bar_t) / sqrt(alpha_bar_t), 157 at the paper's t = T. Eq. 11 and DDIM must take eps from this pair:
+        otherwise the clip would do nothing in the one, and contradict x_0 in the other.
         """
         t = self.times(t, x_t)
         output, _ = self.split(model(x_t, t), x_t)
@@ -238,19 +242,6 @@ class GaussianDiffusion(nn.Module):
         on_step(self.timesteps, x_T, None)
         return x_T, on_step
 
-    @torch.no_grad()
-    def interpolate(self, model, x_0, x_0_prime, weights, t, clip=True, generator=None):
-        """Section 4.4, Figure 8: two images (C, H, W) mixed at time t and decoded from there -> (len(weights), C, H, W).
-
-        Weight 0 is x_0, 1 is x_0_prime. x_t ~ q(x_t | x_0) and x_t' are drawn once each, and every step's z serves all.
-        """
-        x_t, x_t_prime = (self.q_sample(x[None], t, self.normal_eps(x[None], None, generator)) for x in (x_0, x_0_prime))
-        weights = torch.as_tensor(weights, dtype=torch.float32, device=x_0.device)[:, None, None, None]
-        x = (1 - weights) * x_t + weights * x_t_prime
-        for s in range(t, 0, -1):
-            x, _ = self.p_sample(model, x, s, clip, noise=self.normal_eps(x_t, None, generator))
-        return x
-
     # ------------------------------------------------------------------- Eq. 5: the variational bound, in bits per dimension
 
     @torch.no_grad()
@@ -258,9 +249,9 @@ class GaussianDiffusion(nn.Module):
         """The bound on -log2 p_theta(x_0) per dimension, for images x_0 (B, C, H, W) in [-1, 1] from 256 levels (Eq. 5).
 
         Returns a dict of float32: total (B,); prior (B,) = L_T; terms (B, T), column t-1 being L_{t-1} (L_0 first), each
-        estimated with one draw of x_t. Section 4.3 calls the first column distortion and the rest rate.
+        estimated with one draw of x_t. Section 4.3 calls L_0 distortion, and all the rest, L_T included, rate.
         """
-        draws = (self.normal_eps(x_0, None, generator) for _ in range(self.timesteps))
+        draws = (self.normal_eps(x_0, generator=generator) for _ in range(self.timesteps))
         terms = [self.vlb_terms(model, x_0, self.q_sample(x_0, t, noise), t, clip) for t, noise in enumerate(draws, start=1)]
         terms = torch.stack(terms, dim=1)
         prior = self.prior_bits(x_0)
@@ -299,7 +290,22 @@ class GaussianDiffusion(nn.Module):
         log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
         inside = log_b + torch.log(-torch.expm1((log_a - log_b).clamp(max=-1e-15)))
         lowest, highest = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
-        return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside)).to(x_0)
+        return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside)).float().to(x_0.device)
+
+    # ------------------------------------------------------------- Section 4.4: interpolation
+
+    @torch.no_grad()
+    def interpolate(self, model, x_0, x_0_prime, weights, t, clip=True, generator=None):
+        """Section 4.4, Figure 8: two images (C, H, W) mixed at time t and decoded from there -> (len(weights), C, H, W).
+
+        Weight 0 is x_0, 1 is x_0_prime. x_t ~ q(x_t | x_0) and x_t' are drawn once each, and every step's z serves all.
+        """
+        x_t, x_t_prime = (self.q_sample(x[None], t, self.normal_eps(x[None], generator=generator)) for x in (x_0, x_0_prime))
+        weights = torch.as_tensor(weights, dtype=torch.float32, device=x_0.device)[:, None, None, None]
+        x = (1 - weights) * x_t + weights * x_t_prime
+        for s in range(t, 0, -1):
+            x, _ = self.p_sample(model, x, s, clip, noise=self.normal_eps(x_t, generator=generator))
+        return x
 
     # ------------------------------------------------------- Nichol & Dhariwal 2021, "Improved DDPM": losses with a variance
 
@@ -326,7 +332,7 @@ class GaussianDiffusion(nn.Module):
         """Images (B, C, H, W) in `steps` calls of the model (DDIM Eq. 12, with Eq. 16's sigma); arguments as in `sample`.
 
         eta = 0 is deterministic, eta = 1 adds the posterior's noise (with steps = T: Algorithm 2 with "posterior").
-        sigma = eta sqrt(...), so the variance goes with eta^2; some tutorials scale the variance by eta itself.
+        sigma = eta sqrt(...), so the variance goes with eta^2; a tutorial scales the variance by eta itself.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0..1 (0: deterministic DDIM, 1: DDPM's noise), not {eta}")
@@ -336,7 +342,7 @@ class GaussianDiffusion(nn.Module):
             alpha_bar_t, alpha_bar_s = self.exact_alpha_bar[[t, s]].tolist()
             sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
             eps, x_0 = self.predict(model, x_t, t, clip)
-            z = self.normal_eps(x_t, None, generator) if sigma > 0 else 0.0
+            z = self.normal_eps(x_t, generator=generator) if sigma > 0 else 0.0
             x_t = math.sqrt(alpha_bar_s) * x_0 + math.sqrt(max(1 - alpha_bar_s - sigma**2, 0)) * eps + sigma * z
             on_step(s, x_t, x_0)
         return x_t
@@ -345,7 +351,7 @@ class GaussianDiffusion(nn.Module):
     def ddim_invert(self, model, x_0, steps=50):
         """The x_T (B, C, H, W) from which ddim_sample (eta = 0, clip=False) draws x_0: its ODE, run backwards (DDIM Eq. 14).
 
-        The eps of a step s -> t is taken at t: at s = 0 the model knows nothing. The round trip is exact as steps grow.
+        The eps of a step s -> t is taken at t: the model was never trained at s = 0. The round trip is exact as steps grow.
         """
         x_s, times = x_0, self.walk(steps)[::-1]
         for s, t in itertools.pairwise(times):
@@ -369,7 +375,7 @@ def cosine_beta_schedule(timesteps=1000, s=0.008, beta_min=0.0, beta_max=0.999):
 def respace(diffusion, model, steps):
     """A chain of `steps` steps and a model for it: Algorithm 2, the bound and all else on a subsequence of the T times.
 
-    The new chain has the old alpha_bar at those times, hence betas of 1 - alpha_bar_t / alpha_bar_s for a stride s -> t,
+    The new chain has the old alpha_bar at those times, hence betas of 1 - alpha_bar_t / alpha_bar_s for a stride t -> s,
     never beta_t; the network still sees the old t. eps, x0, v and "learned_range" mean the same in both chains. The "mean"
     and the "learned" variance belong to the old, shorter step: the mean is said again through x_0, and the variance keeps
     its ratio to beta-tilde.
@@ -425,7 +431,7 @@ class ImportanceSampler(nn.Module):
         return t + 1, 1 / (len(p) * p[t])
 
     def update(self, t, losses):
-        """Remember losses (n,) seen at t (n,), the newest in place of the oldest; but none that is not finite."""
+        """Remember losses (n,) seen at t (n,), each in place of the oldest; those that are not finite are passed over."""
         finite = torch.isfinite(losses)
         for k, loss in zip((t[finite] - 1).tolist(), losses[finite].detach()):
             self.losses[k, self.seen[k] % self.losses.shape[1]] = loss
@@ -457,7 +463,7 @@ def classifier_guidance(diffusion, model, log_prob, scale):
     log_prob(x_t, t) -> (B,) is a classifier of noisy images, log p of the label wanted. For every prediction and sampler.
     """
     def gradient(x_t, t):
-        with torch.inference_mode(False), torch.enable_grad():       # a sampler runs without gradients: here is one
+        with torch.inference_mode(False), torch.enable_grad():       # samplers run without gradients; this one is needed
             x_t = x_t.clone().requires_grad_()
             return torch.autograd.grad(log_prob(x_t, t.clone()).sum(), x_t)[0]
 

@@ -37,7 +37,7 @@ PICTURES = ("trajectory", "movie", "nearest", "forward", "reconstruct", "interpo
 
 
 def parse_args(argv=None):
-    """The settings, checked as far as they can be without the checkpoint; what is wrong is one line and exit code 2."""
+    """The settings, checked as far as they can be without the checkpoint; WrongFlag says what is wrong."""
     parser = Parser(__doc__)
     flag = parser.section("what to draw")
     flag("--checkpoint", "ddpm.pt", "made by train.py", metavar="FILE.pt")
@@ -225,7 +225,7 @@ def held_out(args, checkpoint, n, device):
     """The first n test images of the checkpoint's data set, in [-1, 1], and their labels."""
     images, labels = load_like(checkpoint, "test", args.data_dir)
     if len(images) < n:
-        raise ValueError(f"{checkpoint['training']['dataset']} has {len(images)} test images, and this picture needs {n}")
+        raise ValueError(f"{checkpoint['settings']['dataset']} has {len(images)} test images, and this picture needs {n}")
     return data.to_model(images[:n]).to(device), labels[:n].to(device)
 
 
@@ -239,16 +239,16 @@ def draw_forward(args, diffusion, checkpoint, device):
         x = diffusion.q_step(x, t)
         if t in times:
             stepped.append(x)
-    pairs = [torch.stack(column, dim=1).flatten(0, 1) for column in zip(closed, stepped, strict=True)]
+    pairs = [rows(*column)[0] for column in zip(closed, stepped, strict=True)]
     data.save_image(args.forward, *rows(*pairs))
 
 
 def draw_reconstruction(args, network, diffusion, checkpoint, device):
     """--reconstruct: columns of test images, their x_T, and the images that DDIM (eta = 0) draws from it."""
     x_0, y = held_out(args, checkpoint, 10, device)
-    model = network if network.num_classes is None else (lambda x_t, t: network(x_t, t, y))
+    model = functools.partial(network, y=y if network.num_classes else None)
     steps = args.steps or min(100, diffusion.timesteps)
-    x_T = diffusion.ddim_invert(model, x_0, steps)           # the way back is clipped: see what an error counts in `predict`
+    x_T = diffusion.ddim_invert(model, x_0, steps)           # the way back is clipped: `predict` says why
     again = diffusion.ddim_sample(model, x_0.shape, steps, x_T=x_T)
     data.save_image(args.reconstruct, *rows(x_0, x_T, again))
     error = 127.5 * (again - x_0).square().mean().sqrt()
@@ -261,7 +261,7 @@ def slerp(a, b, weights):
     The straight line would pass through points of smaller norm than noise has.
     """
     weights = torch.as_tensor(weights, dtype=torch.float32, device=a.device)[:, None, None, None]
-    angle = torch.acos((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12))
+    angle = torch.acos(((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)).clamp(-1, 1))
     if angle < 1e-4:
         return (1 - weights) * a + weights * b
     return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
@@ -311,6 +311,8 @@ def score(args, classifier, checkpoint, pixels, labels, device):
         return features.cpu(), classifier.head(features).argmax(1).cpu()
 
     train, test = (load_like(checkpoint, split, args.data_dir)[0] for split in ("train", "test"))
+    if len(train) < 2 or len(test) < 2:
+        raise ValueError("--score needs at least 2 training and 2 test images")
     real = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:len(pixels)]]
     (f, guess), (g, _), (r, _) = seen(pixels), seen(test), seen(real)
     counts = torch.bincount(guess, minlength=len(checkpoint["classes"])).tolist()

@@ -2,12 +2,13 @@
 
     python train.py                                     Fashion-MNIST on whatever this machine has: minutes on a laptop
     python train.py --resume                            go on after Ctrl-C, a reboot, or with a larger --steps
-    torchrun --nproc-per-node=8 -- train.py            the same on eight GPUs; --batch-size is that of all together
+    torchrun --nproc-per-node=8 -- train.py             the same on eight GPUs; --batch-size is that of all together
 
 It writes ddpm.pt, which sample.py draws from and `train.py --evaluate ddpm.pt` measures on the test set.
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import io
 import math
@@ -36,13 +37,14 @@ from ddpm import (
 )
 from unet import NoisyClassifier, UNet
 
-FORMAT = "ddpm checkpoint 1"
+FORMAT = "ddpm checkpoint 2"
+FREE = {"steps", "compile", "device", "data_dir", "out", "save_every", "resume", "evaluate", "exact"}    # may change on --resume
 
 # ----------------------------------------------------------------------------------------------------- what can be set
 
 
 def parse_args(argv=None):
-    """The settings, checked; what is wrong is one line and exit code 2."""
+    """The settings, checked; WrongFlag says what is wrong."""
     parser = Parser(__doc__)
     flag = parser.section("data")
     flag("--dataset", "fashion-mnist", "fashion-mnist, mnist, cifar10, or a FILE.npy of uint8 images")
@@ -120,13 +122,10 @@ def settled(args, parser):
     args.out = args.out or ("classifier.pt" if args.classifier else "ddpm.pt")
     if args.flip is None:
         args.flip = data.DATASETS[args.dataset].flip if args.dataset in data.DATASETS else True
-    parts = args.accumulate * ranks()[1]
-    if args.batch_size % parts:
-        parser.error(f"--batch-size {args.batch_size} does not divide into {parts} equal parts (processes x --accumulate)")
-    if any(args.channels * m % args.heads for m in args.multipliers) or not args.multipliers:
+    if not 1 <= len(args.multipliers) <= 12 or max(args.multipliers) > 64:
+        parser.error("--multipliers: 1 to 12 of them, and none above 64")
+    if any(args.channels * m % args.heads for m in args.multipliers):
         parser.error(f"--heads {args.heads} must divide --channels {args.channels} times each of --multipliers")
-    if len(args.multipliers) > 12 or max(args.multipliers) > 64:
-        parser.error("--multipliers: at most 12 of them, and none above 64")
     if (args.conditional or args.classifier) and args.only:
         parser.error("--conditional and --classifier need several classes, and --only leaves one")
     if args.conditional and args.classifier:
@@ -137,10 +136,11 @@ def settled(args, parser):
     if linear and args.schedule == "cosine":
         parser.error("--beta-start and --beta-end belong to --schedule linear")
     args.schedule = args.schedule or ("linear" if linear else "cosine")
-    args.beta_start = 1e-4 if args.beta_start is None else args.beta_start
-    args.beta_end = 0.02 if args.beta_end is None else args.beta_end
+    if args.schedule == "linear":
+        args.beta_start = 1e-4 if args.beta_start is None else args.beta_start
+        args.beta_end = 0.02 if args.beta_end is None else args.beta_end
     try:
-        make_diffusion(**settings_of(args)["diffusion"])
+        make_diffusion(args)
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -178,23 +178,26 @@ def train(args):
     if run.world > 1:
         dist.destroy_process_group()
     if run.done < args.steps:
-        again = shlex.join(sys.argv) + ("" if args.resume else " --resume")
-        run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: python {again}" if run.done > first
+        again = "the same command" if args.resume else "the same command with --resume"
+        run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: {again}" if run.done > first
                 else "stopped before the first step; there is nothing to save", done=True)
         sys.exit(128 + stopped[0] if stopped else 1)
-    taken, named = run.done - first, "" if args.out == "ddpm.pt" else f" --checkpoint {args.out}"
+    taken, named = run.done - first, "" if args.out == "ddpm.pt" else f" --checkpoint {shlex.quote(args.out)}"
     run.say(f"{taken} steps, {taken * args.batch_size:,} images, in {clock(time.monotonic() - began)}; averaged weights in "
-            f"{args.out}. Next: python sample.py{f' --score {args.out}' if args.classifier else named}", done=True)
+            f"{args.out}. Next: python sample.py{f' --score {shlex.quote(args.out)}' if args.classifier else named}", done=True)
 
 
 def prepare(args):
     """Device, data and network: a Run that is ready for its next step, whether its first or, with --resume, a later one."""
     rank, world, local = ranks()
+    if args.batch_size % (world * args.accumulate):
+        raise WrongFlag(f"--batch-size {args.batch_size} does not divide into {world * args.accumulate} equal parts "
+                        "(processes x --accumulate)")
     device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
     if rank == 0:
         data.check_writable(args.out)
     if local > 0:
@@ -221,8 +224,10 @@ def prepare(args):
 
 def stop_agreed(stopped, run):
     """Whether to stop: with several processes, all at the same step, every tenth of which they ask each other."""
-    if run.world == 1 or run.done % 10:
-        return bool(stopped) and run.world == 1
+    if run.world == 1:
+        return bool(stopped)
+    if run.done % 10:
+        return False
     flag = torch.tensor(float(len(stopped)), device=run.device)
     dist.all_reduce(flag)
     return flag.item() > 0
@@ -237,8 +242,6 @@ def clock(seconds):
 class Run:
     """A training in progress: all that a checkpoint holds, and one step of it."""
 
-    kind = "ddpm"
-
     def __init__(self, args, images, labels, classes, device):
         torch.manual_seed(args.seed)
         self.args, self.images, self.labels, self.device = args, images.to(device), labels.to(device), device
@@ -247,13 +250,11 @@ class Run:
         self.done = 0                                   # steps taken
         self.changed = False                            # whether there is something to save
         self.fresh = True                               # whether --out, if it exists, is another training's
-        shape = tuple(images.shape[1:])
-        self.fixed = {"format": FORMAT, "kind": self.kind, "shape": shape, "classes": classes, **settings_of(args),
-                      "network": network_settings(args, shape, classes)}
-        self.network = make_network(self.kind, self.fixed["network"], classes).to(device)
+        self.fixed = {"format": FORMAT, "settings": settings_of(args), "shape": tuple(images.shape[1:]), "classes": classes}
+        self.network = make_network(args, self.fixed["shape"], classes).to(device)
         if device.type == "cuda":
             self.network.to(memory_format=torch.channels_last)
-        self.diffusion = make_diffusion(**self.fixed["diffusion"]).to(device)
+        self.diffusion = make_diffusion(args).to(device)
         self.importance = ImportanceSampler(args.timesteps).to(device)
         self.weights = list(self.network.parameters())
         self.ema = [w.detach().clone() for w in self.weights]
@@ -274,7 +275,7 @@ class Run:
             x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
         if self.args.conditional:
             hidden = torch.rand(len(y), device=self.device) < self.args.label_dropout
-            y = y.masked_fill(hidden, self.fixed["network"]["num_classes"])
+            y = y.masked_fill(hidden, self.network.num_classes)
         return x_0, y
 
     def draw_t(self, x_0):
@@ -292,7 +293,7 @@ class Run:
         """One step of the optimiser -> the mean loss of this process's images, on the device.
 
         Every process draws the whole batch from the same random numbers and works on its own part of it, so that the
-        result does not depend on how many processes there are.
+        result does not depend on how many processes there are (but for --dropout: all of them have the same masks).
         """
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(self.done, self.args)
@@ -331,7 +332,7 @@ class Run:
         return losses.mean()
 
     def save(self, path):
-        """Write the checkpoint, if anything has changed; an older training's of the same name gets another one first."""
+        """Write the checkpoint, if anything has changed; another training's of that name is renamed first."""
         if self.rank > 0 or not self.changed:
             return
         if not all(torch.isfinite(w).all() for w in self.weights):
@@ -344,16 +345,16 @@ class Run:
             **self.fixed, "step": self.done, "model": self.network.state_dict(),
             "ema": dict(zip(names, self.ema, strict=True)), "scaler": self.scaler.state_dict(),
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
-            "importance": self.importance.state_dict(), "rng": rng_state(self.device)})
+            "importance": self.importance.state_dict(), "rng": {name: stream.get_rng_state() for name, stream in random_streams(self.device).items()}})
 
     def restore(self, path):
         """Go on from a checkpoint. ValueError if it was made with other settings, or is damaged."""
-        checkpoint, _ = read_checkpoint(path)
-        old, new = ({"kind": state["kind"], "shape": state["shape"], **state["network"], **state["diffusion"],
-                     **state["training"]} for state in (checkpoint, self.fixed))
+        checkpoint, *_ = read_checkpoint(path)
+        old, new = ({"shape": state["shape"], "classes": state["classes"], **state["settings"]}
+                    for state in (checkpoint, self.fixed))
         if old != new:
-            differ = ", ".join(f"{k} was {old.get(k)!r} and is {new[k]!r}" for k in new if old.get(k) != new[k])
-            raise ValueError(f"--resume cannot go on from {path} with other settings: {differ}")
+            differ = ", ".join(f"{k} was {old[k]!r} and is {new[k]!r}" for k in new if old[k] != new[k])
+            raise ValueError(f"--resume cannot go on from {path} with other settings: {differ[:500]}")
         try:
             check_tensors(checkpoint["model"], self.network.state_dict())
             check_tensors(checkpoint["importance"], self.importance.state_dict())
@@ -362,7 +363,9 @@ class Run:
             self.network.load_state_dict(checkpoint["model"])
             self.importance.load_state_dict(checkpoint["importance"])
             self.scaler.load_state_dict(checkpoint["scaler"])
-            rng_state(self.device, checkpoint["rng"])
+            for name, stream in random_streams(self.device).items():
+                if name == "cpu" or name in checkpoint["rng"]:         # a run may go on on another kind of device
+                    stream.set_rng_state(checkpoint["rng"][name])
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
         for ema, saved in zip(self.ema, checkpoint["ema"].values(), strict=True):
@@ -372,8 +375,6 @@ class Run:
 
 class ClassifierRun(Run):
     """The same for a classifier of noisy images."""
-
-    kind = "classifier"
 
     def draw_t(self, x_0):
         """t uniform on 0..T, with another quarter at 0, clean images: there sample.py --score looks."""
@@ -399,13 +400,9 @@ def update_ema(ema, weights, decay, step):
     torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
 
 
-def rng_state(device, state=None):
-    """The random streams that a run draws from, or, if `state` is what this returned once, set them back to it."""
-    streams = {"cpu": torch, **({} if device.type == "cpu" else {device.type: getattr(torch, device.type)})}
-    for name, stream in streams.items():
-        if state is not None and (name == "cpu" or name in state):
-            stream.set_rng_state(state[name])
-    return {name: stream.get_rng_state() for name, stream in streams.items()}
+def random_streams(device):
+    """What a run draws random numbers from: the CPU, and its device if that is another."""
+    return {"cpu": torch} if device.type == "cpu" else {"cpu": torch, device.type: getattr(torch, device.type)}
 
 
 # ----------------------------------------------------------------------------------------------- how weights are updated
@@ -458,7 +455,7 @@ def orthogonal(G):
 def check_moments(optimizer, state):
     """An optimizer's saved state, laid out as its weights are on this device. ValueError if it is not that."""
     weights = optimizer.param_groups[0]["params"]
-    if state and state.keys() != set(range(len(weights))):
+    if state.keys() != set(range(len(weights))):
         raise ValueError("its optimizer is another network's")
     for k, moments in state.items():
         likes = {name: torch.zeros(()) if name == "step" else weights[k].detach() for name in
@@ -474,21 +471,23 @@ def check_moments(optimizer, state):
 @torch.inference_mode()
 def evaluate(args):
     """Print the test set's L_simple and its bound in bits/dim, split as in Section 4.3, with 95% confidence intervals."""
+    if ranks()[1] > 1:
+        raise WrongFlag("--evaluate is work for one process: leave out torchrun")
     device = pick_device(args.device)
     network, diffusion, checkpoint = load_checkpoint(args.evaluate, device)
     images, labels = load_like(checkpoint, "test", args.data_dir)
-    T, count = diffusion.timesteps, min(args.exact or len(images), len(images))
+    T, N = diffusion.timesteps, min(args.exact or len(images), len(images))
     torch.manual_seed(args.seed)
     quarters, images_seen = torch.zeros(2, 4), []
-    for k in range(0, count, 500):
-        x_0 = data.to_model(images[k:min(k + 500, count)].to(device))
-        y = labels[k:k + len(x_0)].to(device) if checkpoint["network"]["num_classes"] else None
+    for k in range(0, N, 500):
+        x_0 = data.to_model(images[k:min(k + 500, N)].to(device))
+        y = labels[k:k + len(x_0)].to(device) if network.num_classes else None
         model = functools.partial(network, y=y)
         times, weights = choose_terms(T, len(x_0), args.exact > 0, device)
         rows = []
         for t in times:
             rows.append(measure(model, diffusion, x_0, t))
-            data.say(f"{k} of {count} images, {len(x_0)} more at t = {int(t[0])}")
+            data.say(f"{k} of {N} images, {len(x_0)} more at t = {int(t[0])}")
         terms, simple, squared_error = torch.stack(rows, dim=1)                       # each (R, B)
         quarter = ((times - 1) * 4 // T).flatten().cpu()
         for total, values in zip(quarters, (weights * simple, weights), strict=True):
@@ -501,12 +500,11 @@ def evaluate(args):
         return f"{x.mean():.4f}" + (f" +- {1.96 * x.std() / math.sqrt(len(x)):.4f}" if len(x) > 1 else "")
 
     by_quarter = "  ".join(f"{mean:.4f}" for mean in quarters[0] / quarters[1].clamp(min=1e-9))
-    data.say(f"{checkpoint['training']['dataset']}, test split, {count:,} images, {args.evaluate} at step {checkpoint['step']}",
+    data.say(f"{checkpoint['settings']['dataset']}, test split, {N:,} images, {args.evaluate} at step {checkpoint['step']}",
              done=True)
     print(f"L_simple    {shown(simple)}   by quarter of t: {by_quarter}\n"
           f"bits/dim <= {shown(prior + rate + distortion)}, the sum of\n"
-          f"  L_T         {prior.mean():.9f}\n"
-          f"  rate        {shown(rate)}   L_1 + ... + L_{{T-1}}\n"
+          f"  rate        {shown(prior + rate)}   L_1 + ... + L_T, of which L_T {prior.mean():.9f}\n"
           f"  distortion  {shown(distortion)}   L_0; RMSE {127.5 * squared_error.mean().sqrt():.2f} of 255")
 
 
@@ -545,16 +543,16 @@ def load_checkpoint(path, device, kind="ddpm"):
     The model is a UNet (x, t, y) in eval mode on `device`; kind="classifier" loads a classifier instead. Nothing in the
     file is run (weights_only), and every field is checked before it is used: ValueError says what is wrong with `path`.
     """
-    checkpoint, network = read_checkpoint(path)
-    if checkpoint["kind"] != kind:
-        raise ValueError(f"{path} holds a {checkpoint['kind']}, not a {kind}: see --classifier of train.py")
+    checkpoint, args, network = read_checkpoint(path)
+    if args.classifier != (kind == "classifier"):
+        raise ValueError(f"{path} holds a {'classifier' if args.classifier else 'ddpm'}, not a {kind}: see --classifier of train.py")
     network = network.to_empty(device=device).eval().requires_grad_(False)
     network.load_state_dict(checkpoint["ema"])
-    return network, make_diffusion(**checkpoint["diffusion"]).to(device), checkpoint
+    return network, make_diffusion(args).to(device), checkpoint
 
 
 def read_checkpoint(path):
-    """A checkpoint's dict, checked, and its network without weights. ValueError if it is not one, or is damaged."""
+    """A checkpoint's dict, its settings as parse_args gives them, and its network without weights; ValueError if it is damaged."""
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: make it with python train.py, or name another one")
     try:
@@ -562,12 +560,25 @@ def read_checkpoint(path):
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
                 raise ValueError("it unpacks to more than its size")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        check_fields(checkpoint)
+        (C, H, W), classes, step = checkpoint["shape"], checkpoint["classes"], checkpoint["step"]
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"this train.py reads {FORMAT!r} only")
+        if type(checkpoint["shape"]) is not tuple or not all(type(n) is int and 0 < n <= 2**14 for n in (C, H, W)) or C not in (1, 3):
+            raise ValueError(f"there are no images of shape {(C, H, W)}")
+        if type(step) is not int or step < 0:
+            raise ValueError(f"there is no step {step}")
+        if type(classes) is not tuple or not 1 <= len(classes) <= 2**16 or not all(
+                type(name) is str and len(name) <= 100 and name.isprintable() for name in classes):
+            raise ValueError("its classes are not names")
+        args = parse_args(argv_of(checkpoint["settings"]))
+        if settings_of(args) != checkpoint["settings"]:
+            raise ValueError("no flags give its settings")
         with torch.device("meta"):                   # takes no memory, whatever the settings ask for
-            network = make_network(checkpoint["kind"], checkpoint["network"], checkpoint["classes"])
+            network = make_network(args, (C, H, W), classes)
         check_tensors(checkpoint["ema"], network.state_dict())
-        make_diffusion(**checkpoint["diffusion"])
-        return checkpoint, network
+        if sum(w.nbytes for w in checkpoint["ema"].values()) > os.path.getsize(path):
+            raise ValueError("its weights are larger than itself")
+        return checkpoint, args, network
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001       a damaged or hostile file can fail in any way on its way in
@@ -575,28 +586,26 @@ def read_checkpoint(path):
         raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged ({reason[:200]})") from None
 
 
-def check_fields(checkpoint):
-    """ValueError unless the plain fields are of their types and in sane ranges: they decide how much work a rebuild is."""
-    def whole(value, high):
-        return type(value) is int and 1 <= value <= high
+def settings_of(args):
+    """What a checkpoint remembers, and --resume must find unchanged: every flag that is not in FREE."""
+    return {name: value for name, value in vars(args).items() if name not in FREE}
 
-    network, (C, H, W), classes = checkpoint["network"], checkpoint["shape"], checkpoint["classes"]
-    sizes = {"in_channels": 3, "out_channels": 6, "channels": 2**14, "blocks": 64, "patch": 64, "heads": 2**14,
-             "image_size": 2**14}
-    for right, field in (
-            (checkpoint["format"] == FORMAT, "format"), (checkpoint["kind"] in ("ddpm", "classifier"), "kind"),
-            (type(checkpoint["step"]) is int and checkpoint["step"] >= 0, "step"),
-            (all(isinstance(checkpoint["training"][name], (str, type(None))) for name in ("dataset", "only")), "training"),
-            (C == network["in_channels"] and whole(H, 2**14) and whole(W, 2**14), "shape"),
-            (type(classes) is tuple and 1 <= len(classes) <= 2**16 and all(type(name) is str for name in classes), "classes"),
-            *((whole(network[name], high), name) for name, high in sizes.items()),
-            (1 <= len(network["multipliers"]) <= 12 and all(whole(m, 64) for m in network["multipliers"]), "multipliers"),
-            (network["num_classes"] in (None, len(classes)), "num_classes"),
-            (network["channels"] % network["heads"] == 0, "heads"),
-            (network["out_channels"] == C * (1 + checkpoint["diffusion"]["variance"].startswith("learned")), "out_channels"),
-            (whole(checkpoint["diffusion"]["timesteps"], 10**6), "timesteps")):
-        if not right:
-            raise ValueError(f"its {field} is not what it should be")
+
+def argv_of(settings):
+    """The flags that give a checkpoint's settings, so that parse_args can check them as it checks a person's."""
+    if settings.keys() != settings_of(parse_args([])).keys():
+        raise ValueError("it has other settings than this train.py")
+    for value in settings.values():
+        if not all(type(part) in (str, int, float, bool, type(None)) for part in (value if type(value) is tuple else [value])):
+            raise ValueError("its settings are not plain values")
+    argv = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if value is True or (value is False and name == "flip"):
+            argv.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None and value is not False:
+            argv.append(f"--{flag}={','.join(map(str, value)) if type(value) is tuple else value}")
+    return argv
 
 
 def check_tensors(tensors, like):
@@ -649,43 +658,33 @@ def load_data(dataset, only, split, data_dir):
 
 def load_like(checkpoint, split, data_dir):
     """Images and labels of the data that a checkpoint was trained on. ValueError if they have become something else."""
-    dataset = checkpoint["training"]["dataset"]
-    images, labels, _ = load_data(dataset, checkpoint["training"]["only"], split, data_dir)
+    dataset = checkpoint["settings"]["dataset"]
+    try:
+        images, labels, _ = load_data(dataset, checkpoint["settings"]["only"], split, data_dir)
+    except WrongFlag as error:
+        raise ValueError(f"{dataset} is no longer what the checkpoint was trained on: {error}") from None
     if tuple(images.shape[1:]) != checkpoint["shape"] or labels.max() >= len(checkpoint["classes"]):
         raise ValueError(f"the checkpoint was trained on images {checkpoint['shape']} of {len(checkpoint['classes'])} classes, "
                          f"but {dataset} ({split}) holds {tuple(images.shape[1:])} of {int(labels.max()) + 1}")
     return images, labels
 
 
-def make_diffusion(timesteps, schedule, beta_start, beta_end, beta_min, beta_max, prediction, variance, loss):
-    """GaussianDiffusion from a checkpoint's "diffusion" settings."""
-    betas = (linear_beta_schedule(timesteps, beta_start, beta_end) if schedule == "linear"
-             else cosine_beta_schedule(timesteps, beta_min=beta_min, beta_max=beta_max))
-    return GaussianDiffusion(betas, prediction, variance, loss)
+def make_diffusion(args):
+    """The GaussianDiffusion that the settings ask for."""
+    betas = (linear_beta_schedule(args.timesteps, args.beta_start, args.beta_end) if args.schedule == "linear"
+             else cosine_beta_schedule(args.timesteps, beta_min=args.beta_min, beta_max=args.beta_max))
+    return GaussianDiffusion(betas, args.prediction, args.variance, args.loss)
 
 
-def make_network(kind, settings, classes):
-    """The network of a checkpoint's "network" settings, with fresh weights."""
-    network = UNet(**settings)
-    return NoisyClassifier(network, len(classes)) if kind == "classifier" else network
-
-
-def settings_of(args):
-    """What --resume must find unchanged, in two dicts: of the diffusion, and of the training."""
-    return {group: {name: getattr(args, name) for name in names} for group, names in (
-        ("diffusion", ("timesteps", "schedule", "beta_start", "beta_end", "beta_min", "beta_max", "prediction", "variance",
-                       "loss")),
-        ("training", ("dataset", "only", "flip", "batch_size", "accumulate", "optimizer", "lr", "warmup", "weight_decay", "ema",
-                      "label_dropout", "precision", "seed")))}
-
-
-def network_settings(args, shape, classes):
-    """The constructor arguments of the network for images of `shape` (C, H, W)."""
-    return {"in_channels": shape[0], "out_channels": shape[0] * (2 if args.variance.startswith("learned") else 1),
-            "image_size": shape[1], "patch": args.patch, "channels": args.channels, "multipliers": args.multipliers,
-            "blocks": args.blocks, "attention": args.attention, "heads": args.heads, "dropout": args.dropout,
-            "convnext": args.block == "convnext", "scale_shift": args.embedding == "scale-shift",
-            "checkpointing": args.checkpointing, "num_classes": len(classes) if args.conditional else None}
+def make_network(args, shape, classes):
+    """The network that the settings ask for, for images of `shape` (C, H, W), with fresh weights."""
+    C, H, _ = shape
+    network = UNet(
+        in_channels=C, out_channels=2 * C if args.variance.startswith("learned") else C, image_size=H, patch=args.patch,
+        channels=args.channels, multipliers=args.multipliers, blocks=args.blocks, attention=args.attention, heads=args.heads,
+        dropout=args.dropout, convnext=args.block == "convnext", scale_shift=args.embedding == "scale-shift",
+        num_classes=len(classes) if args.conditional else None, checkpointing=args.checkpointing)
+    return NoisyClassifier(network, len(classes)) if args.classifier else network
 
 
 def ranks():
@@ -704,7 +703,7 @@ def pick_device(name):
         torch.zeros(1, device=device).item()
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise WrongFlag(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise WrongFlag(f"--device {name or best}: {str(error).splitlines()[0]}") from None
 
 
 def pick_dtype(precision, device):
@@ -727,7 +726,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        raise WrongFlag(message)
 
     def section(self, title):
         """-> a function that adds a flag to a new group of the help: (flag, default, help, ...)."""
@@ -741,7 +740,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class WrongFlag(ValueError):
-    """A flag that turns out to be impossible after its value was read: exit code 2, as for one that cannot be read."""
+    """A flag that cannot be what it is: exit code 2."""
 
 
 def number(kind, wanted, fits):
@@ -777,6 +776,7 @@ NOT_NEGATIVE = number(float, "of at least 0", lambda x: x >= 0)
 def guarded(main):
     """Run a script's main; what went wrong with a person's file, flag or machine is one line, not a traceback."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.simplefilter("once")
     name = os.path.basename(sys.argv[0])
     try:
         main()
@@ -796,7 +796,7 @@ def guarded(main):
 def main(argv=None):
     """Train, or evaluate, as the flags say."""
     args = parse_args(argv)
-    (evaluate if args.evaluate else train)(args)
+    (train if args.evaluate is None else evaluate)(args)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def condition(norm, h, emb, scale_shift):
     return norm(h) * (1 + scale) + shift
 
 
-# Every block is called with (h, emb): h (B, C, H, W), and emb (B, E), which stands for t and y. Some ignore emb.
+# Blocks are called with (h, emb): h (B, C, H, W), and emb (B, E), which stands for t and y. Some ignore emb. Upsample alone
+# is called with (h, size).
 
 
 class ResNetBlock(nn.Module):
@@ -222,7 +223,7 @@ class UNet(nn.Module):
     image_size                 only says which feature maps `attention` means; forward takes any H and W
     patch                      1: the paper's; 2: work on 2 x 2 pixels at a time, with all that the top of this file says
     channels, multipliers      level l has channels * multipliers[l] channels and 1 / 2^l of the size
-    blocks                     residual blocks per level (one more on the way up)
+    blocks                     residual blocks per level (with patch=1, one more on the way up)
     attention                  sizes of the feature maps that get self-attention; the middle always has it
     heads                      of the attention (1: the paper's)
     dropout                    inside the residual blocks
