@@ -290,9 +290,9 @@ class GaussianDiffusion(nn.Module):
         log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
         inside = log_b + torch.log(-torch.expm1((log_a - log_b).clamp(max=-1e-15)))
         lowest, highest = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
-        return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside)).float().to(x_0.device)
+        return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside)).to(x_0.dtype).to(x_0.device)
 
-    # ------------------------------------------------------------- Section 4.4: interpolation
+    # -------------------------------------------------------------------------------------------- Section 4.4: interpolation
 
     @torch.no_grad()
     def interpolate(self, model, x_0, x_0_prime, weights, t, clip=True, generator=None):
