@@ -178,8 +178,7 @@ def train(args):
     if run.world > 1:
         dist.destroy_process_group()
     if run.done < args.steps:
-        again = "the same command" if args.resume else "the same command with --resume"
-        run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: {again}" if run.done > first
+        run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: the same command with --resume" if run.done > first
                 else "stopped before the first step; there is nothing to save", done=True)
         sys.exit(128 + stopped[0] if stopped else 1)
     taken, named = run.done - first, "" if args.out == "ddpm.pt" else f" --checkpoint {shlex.quote(args.out)}"
