@@ -55,8 +55,8 @@ def parse_args(argv=None):
 
     flag = parser.section("diffusion")
     flag("--timesteps", 1000, "T, the number of steps from image to noise (the paper: 1000)", type=count(10**6))
-    flag("--schedule", None, "of beta_t: iDDPM's cosine, or linear, the paper's (default: cosine, which took 12 to 26 per cent off "
-         "the Frechet distance after 2000 steps; linear if --beta-start or --beta-end is given)",
+    flag("--schedule", None, "of beta_t: iDDPM's cosine, or linear, the paper's (default: cosine, which took 12 to 26 per cent "
+         "off the Frechet distance after 2000 steps; linear if --beta-start or --beta-end is given)",
          choices=("cosine", "linear"))
     flag("--beta-start", None, "beta_1 of the linear schedule (default: 0.0001, the paper's)", type=float)
     flag("--beta-end", None, "beta_T of the linear schedule (default: 0.02, the paper's)", type=float)
@@ -344,7 +344,8 @@ class Run:
             **self.fixed, "step": self.done, "model": self.network.state_dict(),
             "ema": dict(zip(names, self.ema, strict=True)), "scaler": self.scaler.state_dict(),
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
-            "importance": self.importance.state_dict(), "rng": {name: stream.get_rng_state() for name, stream in random_streams(self.device).items()}})
+            "importance": self.importance.state_dict(),
+            "rng": {name: stream.get_rng_state() for name, stream in random_streams(self.device).items()}})
 
     def restore(self, path):
         """Go on from a checkpoint. ValueError if it was made with other settings, or is damaged."""
@@ -544,14 +545,14 @@ def load_checkpoint(path, device, kind="ddpm"):
     """
     checkpoint, args, network = read_checkpoint(path)
     if args.classifier != (kind == "classifier"):
-        raise ValueError(f"{path} holds a {'classifier' if args.classifier else 'ddpm'}, not a {kind}: see --classifier of train.py")
+        raise ValueError(f"{path} holds a {'classifier' if args.classifier else 'ddpm'}, not a {kind}: see train.py --classifier")
     network = network.to_empty(device=device).eval().requires_grad_(False)
     network.load_state_dict(checkpoint["ema"])
     return network, make_diffusion(args).to(device), checkpoint
 
 
 def read_checkpoint(path):
-    """A checkpoint's dict, its settings as parse_args gives them, and its network without weights; ValueError if it is damaged."""
+    """A checkpoint's dict, its settings as parse_args gives them, its network without weights. ValueError if it is damaged."""
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: make it with python train.py, or name another one")
     try:
@@ -562,7 +563,8 @@ def read_checkpoint(path):
         (C, H, W), classes, step = checkpoint["shape"], checkpoint["classes"], checkpoint["step"]
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"this train.py reads {FORMAT!r} only")
-        if type(checkpoint["shape"]) is not tuple or not all(type(n) is int and 0 < n <= 2**14 for n in (C, H, W)) or C not in (1, 3):
+        if type(checkpoint["shape"]) is not tuple or C not in (1, 3) or not all(
+                type(n) is int and 0 < n <= 2**14 for n in (C, H, W)):
             raise ValueError(f"there are no images of shape {(C, H, W)}")
         if type(step) is not int or step < 0:
             raise ValueError(f"there is no step {step}")
