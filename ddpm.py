@@ -4,7 +4,7 @@
     q(x_t | x_{t-1}), q(x_t | x_0), q(x_{t-1} | x_t, x_0)                the forward process: fixed, nothing to learn
     p_theta(x_{t-1} | x_t)                                               the reverse process, learned through eps_theta
 
-in the order in which one needs it: the forward process, Algorithm 1, the reverse process, Algorithm 2, the bound.
+They stand in the order in which one needs them: the forward process, Algorithm 1, the reverse process, Algorithm 2, the bound.
 
 Conventions. "Eq. 4" is the paper's; other papers are named. t runs 1 .. T as in the paper; index 0 of every schedule
 means clean data (beta_0 = 0, alpha_bar_0 = 1), so alpha_bar_{t-1} needs no special case. Images are float32 in [-1, 1].
