@@ -131,7 +131,7 @@ class Section2ForwardProcess(unittest.TestCase):
     def setUp(self):
         self.diffusion, self.ref = GaussianDiffusion(linear_beta_schedule()), Reference(np.linspace(1e-4, 0.02, 1000))
 
-    def test_the_default_schedule_is_section_4s(self):
+    def test_the_linear_schedules_defaults_are_section_4s(self):
         betas = linear_beta_schedule()
         self.assertEqual((betas.dtype, betas.shape), (torch.float64, (1000,)))
         close(betas, np.linspace(1e-4, 0.02, 1000), 1e-15)
@@ -412,6 +412,10 @@ class Algorithm2Sampling(unittest.TestCase):
             self.assertAlmostEqual(float(x.var()) / var, 1, delta=5 * math.sqrt(2 / x.numel()))
 
     def test_the_papers_chain_of_1000_steps_returns_the_data_distribution(self):
+        d = GaussianDiffusion(linear_beta_schedule())
+        x = d.sample(gaussian_eps(d.exact_alpha_bar), (1, 1, 200, 200), clip=False, generator=torch.Generator().manual_seed(0))
+        self.assertAlmostEqual(float(x.mean()), M, delta=0.01)
+        self.assertAlmostEqual(float(x.std()), S, delta=0.01)
         mean, var = propagate(Reference(np.linspace(1e-4, 0.02, 1000)), "beta")
         self.assertAlmostEqual(mean, M, delta=0.01)
         self.assertAlmostEqual(math.sqrt(var), S, delta=0.01)
@@ -433,7 +437,7 @@ class Algorithm2Sampling(unittest.TestCase):
         draw(x_T=torch.full((1, 1, 4, 4), 9.0), on_step=lambda t, x_t, x_0: told.append(x_t))
         self.assertEqual(float(told[0].mean()), 9)
 
-    def test_one_step_and_one_timestep_are_chains_too(self):
+    def test_one_timestep_is_a_chain_too(self):
         d = GaussianDiffusion([0.9999])
         self.assertEqual(d.sample(lambda x_t, t: x_t, (2, 1, 2, 2)).shape, (2, 1, 2, 2))
         terms = d.bits_per_dim(lambda x_t, t: x_t, torch.zeros(2, 1, 2, 2))["terms"]
@@ -613,6 +617,17 @@ class ImprovedDDPM(unittest.TestCase):
         for steps in (0, 1001):
             with self.assertRaisesRegex(ValueError, r"1\.\.1000"):
                 ddpm.respace(d, None, steps)
+        steep = GaussianDiffusion(linear_beta_schedule(49, 0.02, 0.98))          # 1 - alpha_bar_49 is 1 in float64
+        short, model = ddpm.respace(steep, lambda x_t, t: 0 * x_t, 1)
+        self.assertTrue(torch.isfinite(short.sample(model, (1, 1, 1, 1))).all())
+
+    def test_a_directly_learned_variance_keeps_its_ratio_to_beta_tilde_on_a_strided_chain(self):
+        d = GaussianDiffusion(STEEP, variance="learned")
+        ratio = lambda x_t, t: torch.cat([0 * x_t, 0 * x_t + ddpm.at(d.log_posterior_variance, t) + 0.3], dim=1)
+        short, model = ddpm.respace(d, ratio, 7)
+        for k in range(2, 8):
+            variance = short.p_mean_variance(model, noise(1, 1, 2, 2), k)[1]
+            close(variance / short.posterior_variance[k], torch.full((1, 1, 2, 2), math.exp(0.3)))
 
     def test_a_respaced_chain_of_the_gaussian_oracle_has_the_mean_and_variance_that_theory_propagates(self):
         betas = np.linspace(1e-4, 0.02, 1000)
@@ -784,12 +799,13 @@ class Guidance(unittest.TestCase):
 
         log_prob = lambda x_t, t: torch.log_softmax(log_densities(x_t, t), 1)[:, 1]
         x, t = noise(5, 1, 1, 1), torch.tensor([1, 50, 300, 700, 1000])
-        for prediction in ddpm.CHOICES["prediction"]:
+        unguided, conditional = mixture(x, t), gaussian_eps(self.ab, 0.5)(x, t)
+        for prediction, scale in itertools.product(ddpm.CHOICES["prediction"], (0.0, 1.0, 3.0)):
             d = GaussianDiffusion(linear_beta_schedule(), prediction)
-            model = ddpm.classifier_guidance(d, as_prediction(d, mixture), log_prob, 1.0)
+            model = ddpm.classifier_guidance(d, as_prediction(d, mixture), log_prob, scale)
             with torch.inference_mode():
                 eps, _ = d.predict(model, x, t, clip=False)
-            torch.testing.assert_close(eps, gaussian_eps(self.ab, 0.5)(x, t), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(eps, unguided + scale * (conditional - unguided), rtol=2e-3, atol=2e-3)
 
 
 # ------------------------------------------------------------------------------------------------- Appendix B: the network
@@ -852,6 +868,8 @@ class AppendixBNetwork(unittest.TestCase):
         for checkpointing in (False, True):
             torch.manual_seed(0)
             net = unet.UNet(channels=16, checkpointing=checkpointing)
+            for p in net.parameters():                                      # off the zero start, where gradients would stop
+                torch.nn.init.normal_(p, std=0.1)
             (net(x, t) - x).square().mean().backward()
             gradients.append([p.grad for p in net.parameters()])
         for a, b in zip(*gradients, strict=True):
@@ -877,14 +895,6 @@ class AppendixBNetwork(unittest.TestCase):
             optimizer.step()
         self.assertLess(float(loss), 0.2)
 
-    def test_dropout_is_off_while_sampling(self):
-        net = unet.UNet(channels=16, dropout=0.5)
-        for p in net.parameters():
-            torch.nn.init.normal_(p, std=0.1)
-        x, t = torch.randn(1, 1, 8, 8), torch.tensor([5])
-        self.assertFalse(torch.equal(net(x, t), net(x, t)))
-        self.assertTrue(torch.equal(net.eval()(x, t), net(x, t)))
-
     def test_the_classifier_is_the_left_half_with_a_head_and_every_part_learns(self):
         net = unet.NoisyClassifier(unet.UNet(channels=16), 10)
         for p in net.parameters():
@@ -892,7 +902,7 @@ class AppendixBNetwork(unittest.TestCase):
         out = net(torch.randn(2, 1, 28, 28), torch.tensor([0, 1000]))
         self.assertEqual(out.shape, (2, 10))
         out.square().mean().backward()
-        self.assertEqual([n for n, p in net.named_parameters() if p.grad is None], [])
+        self.assertEqual([n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0], [])
 
 
 # ---------------------------------------------------------------------------------------------------------- data and files
@@ -936,6 +946,10 @@ class InTemporaryFolder(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
 
+    def work_in(self, folder):
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder)
+
     def path(self, name, content=None):
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -951,7 +965,7 @@ class Pixels(InTemporaryFolder):
         close(data.to_model(levels), 2 * levels.double() / 255 - 1, 1e-6)
         self.assertEqual(data.to_pixels(torch.tensor([-9.0, 9.0])).tolist(), [0, 255])
         truncated = ((data.to_model(levels) + 1) * 127.5).to(torch.uint8)
-        self.assertGreater(int((truncated != levels).sum()), 0)             # why to_pixels rounds
+        self.assertEqual(int((truncated != levels).sum()), 63)              # why to_pixels rounds
 
     def test_a_grid_is_row_by_row_in_every_format(self):
         images = torch.randint(0, 256, (5, 1, 3, 4), dtype=torch.uint8)
@@ -1163,7 +1177,7 @@ class ReadingFiles(InTemporaryFolder):
             data.load_dataset("mnist", "validation")
 
     @unittest.skipUnless(FASHION.is_dir(), "needs the package dataset-fashion-mnist")
-    def test_the_real_fashion_mnist_is_read_in_a_second_and_is_what_it_should_be(self):
+    def test_the_real_fashion_mnist_is_read_in_seconds_and_is_what_it_should_be(self):
         began = time.monotonic()
         images, labels = data.load_dataset("fashion-mnist", root=self.folder)
         self.assertLess(time.monotonic() - began, 5)
@@ -1247,7 +1261,7 @@ class Downloading(InTemporaryFolder):
         self.assertEqual(self.server.requests, ["good", "good"])
         self.assertEqual(self.left(), ["images.gz", "labels.gz"])
 
-    def test_every_bad_mirror_is_passed_over_for_the_next_and_leaves_nothing(self):
+    def test_bad_mirrors_are_passed_over_slow_and_redirecting_ones_serve_and_nothing_is_left(self):
         for bad in ("404", "500", "cut", "wrong", "stall", "slow", "redirect"):
             with self.subTest(bad):
                 for path in self.folder.rglob("*.gz"):
@@ -1406,7 +1420,7 @@ class Commands(InTemporaryFolder):
         self.assertFalse((pixels[0] == pixels[2]).all())
         self.assertFalse((pixels[0][:2] == pixels[0][2:]).all())
 
-    def test_samplers_strips_and_movies(self):
+    def test_every_sampler_draws_grids_strips_and_movies_of_the_right_size(self):
         self.trained("--variance", "learned_range", "--loss", "hybrid", "--prediction", "v")
         for options in (("--steps", "1"), ("--steps", "7"), ("--sampler", "ddim"), ("--sampler", "ddim", "--eta", "1", "--steps", "3")):
             self.sampled("--n", "3", "--out", self.folder / "s.png", "--trajectory", self.folder / "t.png",
@@ -1418,15 +1432,16 @@ class Commands(InTemporaryFolder):
             self.assertEqual(strip.shape[:2], (3 * 2 * 8, 8 * min(11, steps + 1)))
             self.assertEqual(len(decode_png((self.folder / "m.png").read_bytes())), steps + 1)
 
-    def test_pictures_of_the_forward_process_reconstructions_and_interpolations(self):
+    def test_pictures_of_other_things_have_their_rows_and_columns_and_come_without_samples(self):
         self.trained()
+        self.work_in(self.folder)
         names = {"--forward": (8 * 8, 6 * 8), "--reconstruct": (10 * 8, 3 * 8), "--interpolate": (4 * 8, 11 * 8)}
         self.sampled(*itertools.chain(*((flag, self.folder / f"{flag[2:]}.png") for flag in names)), "--steps", "5")
         for flag, shape in names.items():
             self.assertEqual(decode_png((self.folder / f"{flag[2:]}.png").read_bytes())[0].shape[:2], shape)
-        self.assertFalse(Path("samples.pgm").exists() and time.time() - Path("samples.pgm").stat().st_mtime < 5)
+        self.assertFalse(Path("samples.pgm").exists())
 
-    def test_labels_guidance_classifier_and_score(self):
+    def test_labels_guidance_classifiers_and_scores_work_together_or_say_why_not(self):
         self.trained("--conditional")
         classifier, out = str(self.folder / "c.pt"), self.folder / "s.npy"
         self.assertIn("sample.py --score", self.trained("--classifier", out=classifier))
@@ -1453,7 +1468,14 @@ class Commands(InTemporaryFolder):
         with self.assertRaisesRegex(ValueError, "Sandal, Shirt"):
             data.find_label("boots", classes)
 
-    def test_only_trains_on_one_class(self):
+    def test_a_loaded_network_has_its_dropout_off(self):
+        self.trained("--dropout", "0.5")
+        network, _, _ = train.load_checkpoint(self.pt, "cpu")
+        x, t = torch.randn(1, 1, 8, 8), torch.tensor([5])
+        self.assertTrue(torch.equal(network(x, t), network(x, t)))
+        self.assertFalse(torch.equal(network.train()(x, t), network(x, t)))
+
+    def test_with_only_a_run_sees_one_class(self):
         said = self.trained("--only", "2")
         labels = np.load(self.folder / "data.labels.npy")
         self.assertIn(f"{(labels == 2).sum()} images", said)
@@ -1487,8 +1509,12 @@ class Commands(InTemporaryFolder):
                 self.assertEqual(code, 0, err)
 
     def test_parts_of_a_batch_are_averaged_not_summed(self):
-        self.trained("--precision", "fp32")
-        self.trained("--precision", "fp32", "--accumulate", "2", out=str(self.folder / "parts.pt"))
+        norms, clip = [], torch.nn.utils.clip_grad_norm_                     # weights alone would not show it: clipping, Muon
+        with mock.patch.object(torch.nn.utils, "clip_grad_norm_",            # and Adam all forget a gradient's length
+                               lambda weights, most: norms.append(clip(weights, most)) or norms[-1]):
+            self.trained("--precision", "fp32")
+            self.trained("--precision", "fp32", "--accumulate", "2", out=str(self.folder / "parts.pt"))
+        close(norms[:6], norms[6:], 1e-3)
         for name, w in self.weights()["model"].items():
             torch.testing.assert_close(w, self.weights(self.folder / "parts.pt")["model"][name], rtol=1e-3, atol=1e-4)
 
@@ -1736,9 +1762,7 @@ class Commands(InTemporaryFolder):
         self.trained()
         self.trained("--classifier", out=str(self.folder / "classifier.pt"))
         self.trained("--conditional", out=str(self.folder / "conditional.pt"))
-        here = os.getcwd()
-        os.chdir(self.folder)
-        self.addCleanup(os.chdir, here)
+        self.work_in(self.folder)
         for script, flags in sorted(set(found)):
             with self.subTest(script + flags):
                 argv = [a for a in shlex.split(flags) if a != "..."]
@@ -1763,8 +1787,9 @@ class Commands(InTemporaryFolder):
             with contextlib.redirect_stdout(out), self.assertRaises(SystemExit) as stop:
                 script.parse_args(["--help"])
             self.assertEqual(stop.exception.code, 0)
-            for flag in ("--out", "--steps", "--device", "--seed"):
-                self.assertIn(flag, out.getvalue())
+            usage, explained = out.getvalue().split("\n\n", 1)
+            for flag in re.findall(r"--[a-z][\w-]*", usage):
+                self.assertRegex(explained, rf"\n  (--\w+, )?{flag}(, --\S+)?( \S+)?(\n {{20,}}|  +)\S")
             self.assertGreater(out.getvalue().count("(default: "), 8)
 
     def test_every_test_that_the_readme_names_exists_and_every_name_in_its_table_too(self):
