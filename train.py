@@ -27,15 +27,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from ddpm import (
-    CHOICES,
-    GaussianDiffusion,
-    ImportanceSampler,
-    answered,
-    cosine_beta_schedule,
-    linear_beta_schedule,
-)
-from unet import NoisyClassifier, UNet
+import ddpm
+import unet
 
 FORMAT = "ddpm checkpoint 2"
 FREE = {"steps", "compile", "device", "data_dir", "out", "save_every", "resume", "evaluate", "exact"}    # may change on --resume
@@ -62,9 +55,9 @@ def parse_args(argv=None):
     flag("--beta-end", None, "beta_T of the linear schedule (default: 0.02, the paper's)", type=float)
     flag("--beta-min", 0.0, "clip the cosine schedule's betas from below", type=FRACTION)
     flag("--beta-max", 0.999, "and from above", type=POSITIVE)
-    flag("--prediction", "eps", "what the network predicts (the paper: eps)", choices=CHOICES["prediction"])
-    flag("--variance", "beta", "sigma_t^2 of the reverse process; learned_range is iDDPM's", choices=CHOICES["variance"])
-    flag("--loss", "mse", "mse is the paper's L_simple; vlb draws t by its loss (iDDPM Eq. 18)", choices=CHOICES["loss"])
+    flag("--prediction", "eps", "what the network predicts (the paper: eps)", choices=ddpm.CHOICES["prediction"])
+    flag("--variance", "beta", "sigma_t^2 of the reverse process; learned_range is iDDPM's", choices=ddpm.CHOICES["variance"])
+    flag("--loss", "mse", "mse is the paper's L_simple; vlb draws t by its loss (iDDPM Eq. 18)", choices=ddpm.CHOICES["loss"])
 
     flag = parser.section("network")
     flag("--channels", 32, "of the largest feature map (the paper: 128)", type=count(2**14))
@@ -254,7 +247,7 @@ class Run:
         if device.type == "cuda":
             self.network.to(memory_format=torch.channels_last)
         self.diffusion = make_diffusion(args).to(device)
-        self.importance = ImportanceSampler(args.timesteps).to(device)
+        self.importance = ddpm.ImportanceSampler(args.timesteps).to(device)
         self.weights = list(self.network.parameters())
         self.ema = [w.detach().clone() for w in self.weights]
         self.optimizers = make_optimizers(self.network, args)
@@ -527,7 +520,7 @@ def measure(model, diffusion, x_0, t):
     """One draw of x_t for each image -> L_{t-1} in bits/dim, L_simple, and x_0's squared error: (3, B). One model call."""
     noise = diffusion.normal_eps(x_0)
     x_t = diffusion.q_sample(x_0, t, noise)
-    answer = answered(model(x_t, t))
+    answer = ddpm.answered(model(x_t, t))
     eps, _ = diffusion.predict(answer, x_t, t, clip=False)
     _, guess = diffusion.predict(answer, x_t, t)
     errors = ((error**2).flatten(1).mean(1) for error in (eps - noise, guess - x_0))
@@ -672,20 +665,20 @@ def load_like(checkpoint, split, data_dir):
 
 def make_diffusion(args):
     """The GaussianDiffusion that the settings ask for."""
-    betas = (linear_beta_schedule(args.timesteps, args.beta_start, args.beta_end) if args.schedule == "linear"
-             else cosine_beta_schedule(args.timesteps, beta_min=args.beta_min, beta_max=args.beta_max))
-    return GaussianDiffusion(betas, args.prediction, args.variance, args.loss)
+    betas = (ddpm.linear_beta_schedule(args.timesteps, args.beta_start, args.beta_end) if args.schedule == "linear"
+             else ddpm.cosine_beta_schedule(args.timesteps, beta_min=args.beta_min, beta_max=args.beta_max))
+    return ddpm.GaussianDiffusion(betas, args.prediction, args.variance, args.loss)
 
 
 def make_network(args, shape, classes):
     """The network that the settings ask for, for images of `shape` (C, H, W), with fresh weights."""
     C, H, _ = shape
-    network = UNet(
+    network = unet.UNet(
         in_channels=C, out_channels=2 * C if args.variance.startswith("learned") else C, image_size=H, patch=args.patch,
         channels=args.channels, multipliers=args.multipliers, blocks=args.blocks, attention=args.attention, heads=args.heads,
         dropout=args.dropout, convnext=args.block == "convnext", scale_shift=args.embedding == "scale-shift",
         num_classes=len(classes) if args.conditional else None, checkpointing=args.checkpointing)
-    return NoisyClassifier(network, len(classes)) if args.classifier else network
+    return unet.NoisyClassifier(network, len(classes)) if args.classifier else network
 
 
 def ranks():
