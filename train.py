@@ -8,6 +8,7 @@ It writes ddpm.pt, which sample.py draws from and `train.py --evaluate ddpm.pt` 
 """
 import argparse
 import contextlib
+import copy
 import datetime
 import functools
 import io
@@ -249,8 +250,8 @@ class Run:
         self.diffusion = make_diffusion(args).to(device)
         self.importance = ddpm.ImportanceSampler(args.timesteps).to(device)
         self.weights = list(self.network.parameters())
-        self.ema = [w.detach().clone() for w in self.weights]
-        self.optimizers = make_optimizers(self.network, args)
+        self.ema = copy.deepcopy(self.network)
+        self.optimizer = unet.Optimizer(self.network, args.lr, args.weight_decay, muon=args.optimizer == "muon")
         self.dtype = pick_dtype(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.skipped = self.skipped_in_a_row = 0
@@ -287,9 +288,8 @@ class Run:
         Every process draws the whole batch from the same random numbers and works on its own part of it, so that the
         result does not depend on how many processes there are (but for --dropout: all of them have the same masks).
         """
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(self.done, self.args)
-            optimizer.zero_grad()
+        self.optimizer.param_groups[0]["lr"] = learning_rate(self.done, self.args)
+        self.optimizer.zero_grad()
         x_0, y = self.batch()
         t, importance = self.draw_t(x_0)
         noise = self.diffusion.normal_eps(x_0)
@@ -303,17 +303,15 @@ class Run:
                     losses.append(self.losses(x_0[part], y[part], t[part], noise[part]))
                 self.scaler.scale((losses[-1] * importance[part]).mean() / self.args.accumulate).backward()
         losses = torch.cat(losses).detach()
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         if torch.isfinite(norm):
             self.skipped_in_a_row, self.changed = 0, True
-            for optimizer in self.optimizers:
-                optimizer.step()
+            self.optimizer.step()
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()
-        update_ema(self.ema, self.weights, self.args.ema, self.done)
+        update_ema(list(self.ema.parameters()), self.weights, self.args.ema, self.done)
         if self.args.loss == "vlb":
             everyone = torch.zeros_like(t, dtype=torch.float32)
             everyone[self.rank * len(losses):(self.rank + 1) * len(losses)] = losses
@@ -322,6 +320,11 @@ class Run:
             self.importance.update(t, everyone)
         self.done += 1
         return losses.mean()
+
+    def state(self):
+        """The tensors that steps change, by name; not copies."""
+        return {"model": self.network.state_dict(), "ema": self.ema.state_dict(), "importance": self.importance.state_dict(),
+                "optimizer": self.optimizer.state_dict()["state"]}
 
     def save(self, path):
         """Write the checkpoint, if anything has changed; another training's of that name is renamed first."""
@@ -332,12 +335,8 @@ class Run:
         if self.fresh and os.path.exists(path):
             keep_older(path)
         self.fresh = self.changed = False
-        names = [name for name, _ in self.network.named_parameters()]
         save_checkpoint(path, {
-            **self.fixed, "step": self.done, "model": self.network.state_dict(),
-            "ema": dict(zip(names, self.ema, strict=True)), "scaler": self.scaler.state_dict(),
-            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
-            "importance": self.importance.state_dict(),
+            **self.fixed, **self.state(), "step": self.done, "scaler": self.scaler.state_dict(),
             "rng": {name: stream.get_rng_state() for name, stream in random_streams(self.device).items()}})
 
     def restore(self, path):
@@ -349,20 +348,13 @@ class Run:
             differ = ", ".join(f"{k} was {old[k]!r} and is {new[k]!r}" for k in new if old[k] != new[k])
             raise ValueError(f"--resume cannot go on from {path} with other settings: {differ[:500]}")
         try:
-            check_tensors(checkpoint["model"], self.network.state_dict())
-            check_tensors(checkpoint["importance"], self.importance.state_dict())
-            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": check_moments(optimizer, state)})
-            self.network.load_state_dict(checkpoint["model"])
-            self.importance.load_state_dict(checkpoint["importance"])
+            copy_into(self.state(), checkpoint)
             self.scaler.load_state_dict(checkpoint["scaler"])
             for name, stream in random_streams(self.device).items():
                 if name == "cpu" or name in checkpoint["rng"]:         # a run may go on on another kind of device
                     stream.set_rng_state(checkpoint["rng"][name])
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
-        for ema, saved in zip(self.ema, checkpoint["ema"].values(), strict=True):
-            ema.copy_(saved)
         self.done, self.fresh = checkpoint["step"], False
 
 
@@ -396,66 +388,6 @@ def update_ema(ema, weights, decay, step):
 def random_streams(device):
     """What a run draws random numbers from: the CPU, and its device if that is another."""
     return {"cpu": torch} if device.type == "cpu" else {"cpu": torch, device.type: getattr(torch, device.type)}
-
-
-# ----------------------------------------------------------------------------------------------- how weights are updated
-
-
-def make_optimizers(network, args):
-    """Adam for all weights, or Muon for the convolutions between feature maps and Adam for the rest."""
-    inner = [w for name, w in network.named_parameters()
-             if args.optimizer == "muon" and w.ndim == 4 and w.shape[1] > 1 and "conv_in" not in name
-             and "conv_out" not in name]
-    rest = [w for w in network.parameters() if all(w is not v for v in inner)]
-    # beta_2 = 0.99 rather than Adam's 0.999: a run of minutes should not average gradients over most of itself.
-    adam = torch.optim.AdamW(rest, args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=rest[0].device.type != "mps")
-    return [adam, Muon(inner, args.lr, args.weight_decay)] if inner else [adam]
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for convolutions (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-
-    Every direction of a weight matrix (C_out, C_in kh kw) then learns at the same pace; the scale gives a step the size of
-    an Adam step (Liu et al. 2025, 2502.16982). torch.optim.Muon takes no convolutions, and computes in bfloat16, which is
-    slow on CPUs without units for it.
-    """
-
-    def __init__(self, weights, lr, weight_decay=0.0):
-        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        group = self.param_groups[0]
-        for w in group["params"]:
-            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
-            momentum.lerp_(w.grad, 0.05)
-            G = w.grad.lerp(momentum, 0.95).flatten(1)                                # Nesterov's: a look ahead
-            G = orthogonal(G) if len(G) <= G.shape[1] else orthogonal(G.T).T
-            w.mul_(1 - group["lr"] * group["weight_decay"])
-            w.sub_(G.reshape(w.shape), alpha=group["lr"] * 0.2 * math.sqrt(max(G.shape)))
-
-
-def orthogonal(G):
-    """Nearly the orthogonal matrix nearest to G (m, n), m <= n: five steps of a polynomial that pushes all singular values
-    towards 1 (about 0.7 to 1.2 come out; of those that start very small, less)."""
-    G = G / G.norm().clamp(min=1e-7)
-    for _ in range(5):
-        A = G @ G.T                                          # G <- 3.4445 G - 4.7750 A G + 2.0315 A A G
-        G = torch.addmm(G, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), G, beta=3.4445)
-    return G
-
-
-def check_moments(optimizer, state):
-    """An optimizer's saved state, laid out as its weights are on this device. ValueError if it is not that."""
-    weights = optimizer.param_groups[0]["params"]
-    if state.keys() != set(range(len(weights))):
-        raise ValueError("its optimizer is another network's")
-    for k, moments in state.items():
-        likes = {name: torch.zeros(()) if name == "step" else weights[k].detach() for name in
-                 (("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq"))}
-        check_tensors(moments, likes)
-        state[k] = {name: torch.empty_like(like).copy_(moments[name]) for name, like in likes.items()}
-    return state
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -540,7 +472,7 @@ def load_checkpoint(path, device, kind="ddpm"):
     if args.classifier != (kind == "classifier"):
         raise ValueError(f"{path} holds a {'classifier' if args.classifier else 'ddpm'}, not a {kind}: see train.py --classifier")
     network = network.to_empty(device=device).eval().requires_grad_(False)
-    network.load_state_dict(checkpoint["ema"])
+    copy_into(network.state_dict(), checkpoint["ema"])
     return network, make_diffusion(args).to(device), checkpoint
 
 
@@ -569,7 +501,7 @@ def read_checkpoint(path):
             raise ValueError("no flags give its settings")
         with torch.device("meta"):                   # takes no memory, whatever the settings ask for
             network = make_network(args, (C, H, W), classes)
-        check_tensors(checkpoint["ema"], network.state_dict())
+        copy_into(network.state_dict(), checkpoint["ema"])         # which only checks them, as "meta" holds no numbers
         if sum(w.nbytes for w in checkpoint["ema"].values()) > os.path.getsize(path):
             raise ValueError("its weights are larger than itself")
         return checkpoint, args, network
@@ -602,15 +534,19 @@ def argv_of(settings):
     return argv
 
 
-def check_tensors(tensors, like):
-    """ValueError unless `tensors` has the names, shapes and types of `like`, and finite numbers only."""
-    if not isinstance(tensors, dict) or tensors.keys() != like.keys():
-        raise ValueError("its weights are not those of its network")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != like[name].shape or tensor.dtype != like[name].dtype:
+def copy_into(own, saved):
+    """Copy saved tensors into a dict (of dicts) of tensors. ValueError unless each is there, in its shape and type, and finite."""
+    for name, tensor in own.items():
+        if not isinstance(saved, dict) or name not in saved:
+            raise ValueError(f"it has no {name}")
+        if isinstance(tensor, dict):
+            copy_into(tensor, saved[name])
+        elif not isinstance(saved[name], torch.Tensor) or (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(f"{name} does not have the shape or type of its network")
-        if not torch.isfinite(tensor).all():
+        elif not torch.isfinite(saved[name]).all():
             raise ValueError(f"{name} has numbers that are not finite")
+        else:
+            tensor.copy_(saved[name])
 
 
 def save_checkpoint(path, checkpoint):
