@@ -129,6 +129,18 @@ def read_at_most(file, size):
 
 
 @contextlib.contextmanager
+def damaged(said):
+    """Whatever goes wrong inside, but for what the disk does, is a ValueError: `said` and, in one line, why."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001       numpy's and torch's readers fail in a dozen ways on a hostile file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{said} ({reason[:200]})") from None
+
+
+@contextlib.contextmanager
 def opened(path):
     """A file opened for reading, through gzip if its first bytes say so; whatever is wrong inside is a ValueError."""
     with open(path, "rb") as file:
@@ -223,15 +235,10 @@ def load_npy(path, split):
 
 def read_npy(path):
     """An .npy array, never unpickled; mapped into memory, so that its header cannot ask for more than the file holds."""
-    try:
+    with damaged(f"{path} is no readable .npy file"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.memmap) or array.offset + array.nbytes != os.path.getsize(path):
             raise ValueError("not one array of the file's length")
-    except OSError:
-        raise
-    except Exception as error:  # noqa: BLE001       numpy's header parser raises a dozen kinds
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ValueError(f"{path} is no readable .npy file: {reason}") from None
     return np.asarray(array)
 
 

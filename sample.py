@@ -128,7 +128,7 @@ def sampler(args, diffusion):
 
 def load_classifier(path, device, checkpoint):
     """A classifier for images like the checkpoint's, its diffusion, and the names of its classes."""
-    classifier, its_diffusion, other = train.load_checkpoint(path, device, "classifier")
+    classifier, its_diffusion, other = train.load_checkpoint(path, device, classifier=True)
     if other["shape"] != checkpoint["shape"]:
         raise ValueError(f"{path} was trained on images {other['shape']}, not {checkpoint['shape']}")
     return classifier, its_diffusion, other["classes"]

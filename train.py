@@ -341,20 +341,18 @@ class Run:
 
     def restore(self, path):
         """Go on from a checkpoint. ValueError if it was made with other settings, or is damaged."""
-        checkpoint, *_ = read_checkpoint(path)
+        _, _, checkpoint = load_checkpoint(path, "cpu", self.args.classifier)
         old, new = ({"shape": state["shape"], "classes": state["classes"], **state["settings"]}
                     for state in (checkpoint, self.fixed))
         if old != new:
             differ = ", ".join(f"{k} was {old[k]!r} and is {new[k]!r}" for k in new if old[k] != new[k])
             raise ValueError(f"--resume cannot go on from {path} with other settings: {differ[:500]}")
-        try:
+        with data.damaged(f"{path} is damaged"):
             copy_into(self.state(), checkpoint)
             self.scaler.load_state_dict(checkpoint["scaler"])
             for name, stream in random_streams(self.device).items():
                 if name == "cpu" or name in checkpoint["rng"]:         # a run may go on on another kind of device
                     stream.set_rng_state(checkpoint["rng"][name])
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
         self.done, self.fresh = checkpoint["step"], False
 
 
@@ -462,25 +460,15 @@ def measure(model, diffusion, x_0, t):
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def load_checkpoint(path, device, kind="ddpm"):
+def load_checkpoint(path, device, classifier=False):
     """A checkpoint of train.py -> (model with EMA weights, diffusion, the checkpoint's dict).
 
-    The model is a UNet (x, t, y) in eval mode on `device`; kind="classifier" loads a classifier instead. Nothing in the
-    file is run (weights_only), and every field is checked before it is used: ValueError says what is wrong with `path`.
+    The model is a UNet (x, t, y) in eval mode on `device`, or, if asked for, a classifier. Nothing in the file is run
+    (weights_only), and every field is checked before it is used: ValueError says what is wrong with `path`.
     """
-    checkpoint, args, network = read_checkpoint(path)
-    if args.classifier != (kind == "classifier"):
-        raise ValueError(f"{path} holds a {'classifier' if args.classifier else 'ddpm'}, not a {kind}: see train.py --classifier")
-    network = network.to_empty(device=device).eval().requires_grad_(False)
-    copy_into(network.state_dict(), checkpoint["ema"])
-    return network, make_diffusion(args).to(device), checkpoint
-
-
-def read_checkpoint(path):
-    """A checkpoint's dict, its settings as parse_args gives them, its network without weights. ValueError if it is damaged."""
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: make it with python train.py, or name another one")
-    try:
+    with data.damaged(f"{path} is not a checkpoint of train.py, or is damaged"):
         with zipfile.ZipFile(path) as archive:       # what torch.save writes: an archive that is not compressed
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
                 raise ValueError("it unpacks to more than its size")
@@ -497,19 +485,19 @@ def read_checkpoint(path):
                 type(name) is str and len(name) <= 100 and name.isprintable() for name in classes):
             raise ValueError("its classes are not names")
         args = parse_args(argv_of(checkpoint["settings"]))
-        if settings_of(args) != checkpoint["settings"]:
+        if repr(settings_of(args)) != repr(checkpoint["settings"]):          # == would let a tensor pass for a number
             raise ValueError("no flags give its settings")
         with torch.device("meta"):                   # takes no memory, whatever the settings ask for
             network = make_network(args, (C, H, W), classes)
-        copy_into(network.state_dict(), checkpoint["ema"])         # which only checks them, as "meta" holds no numbers
+        copy_into(network.state_dict(), checkpoint["ema"])                   # on "meta" nothing is copied, only checked
         if sum(w.nbytes for w in checkpoint["ema"].values()) > os.path.getsize(path):
             raise ValueError("its weights are larger than itself")
-        return checkpoint, args, network
-    except OSError:
-        raise
-    except Exception as error:  # noqa: BLE001       a damaged or hostile file can fail in any way on its way in
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged ({reason[:200]})") from None
+    if args.classifier != classifier:
+        raise ValueError(f"{path} holds a {'classifier, and no ddpm' if args.classifier else 'ddpm, and no classifier'}: see "
+                         "train.py --classifier")
+    network = network.to_empty(device=device).eval().requires_grad_(False)
+    copy_into(network.state_dict(), checkpoint["ema"])
+    return network, make_diffusion(args).to(device), checkpoint
 
 
 def settings_of(args):
@@ -521,9 +509,6 @@ def argv_of(settings):
     """The flags that give a checkpoint's settings, so that parse_args can check them as it checks a person's."""
     if settings.keys() != settings_of(parse_args([])).keys():
         raise ValueError("it has other settings than this train.py")
-    for value in settings.values():
-        if not all(type(part) in (str, int, float, bool, type(None)) for part in (value if type(value) is tuple else [value])):
-            raise ValueError("its settings are not plain values")
     argv = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
