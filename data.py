@@ -67,6 +67,10 @@ LARGEST = 2**31                   # bytes: no file that unpacks to more is read
 IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
+class WrongChoice(ValueError):
+    """What a person chose by name or flag and cannot have; the scripts end with exit code 2, not 1."""
+
+
 # ---------------------------------------------------------------------------------------------------------------- pixels
 
 
@@ -92,31 +96,45 @@ def load_dataset(name, split="train", root="data"):
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
-    if str(name).endswith(".npy"):
+    dataset = known(name)
+    if dataset is None:
         return load_npy(Path(name), split)
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}: use {', '.join(DATASETS)}, or the path of a FILE.npy")
     if name == "cifar10":
-        images, labels = find(name, *DATASETS[name].files[split][0], root, lambda path, md5: read_cifar10(path, split, md5))
+        images, labels = find(name, *dataset.files[split][0], root, lambda path, md5: read_cifar10(path, split, md5))
     else:
-        images, labels = (find(name, *file, root, read_idx) for file in DATASETS[name].files[split])
+        images, labels = (find(name, *file, root, read_idx) for file in dataset.files[split])
         images = images[:, None]
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
-def class_names(name, labels):
-    """What the labels 0, 1, ... of a data set are called: a FILE.npy's "0", "1", ..., as far as its `labels` (N,) go."""
-    return DATASETS[name].classes if name in DATASETS else tuple(str(k) for k in range(int(labels.max()) + 1))
+def known(name):
+    """The Dataset of that name; None for the path of a FILE.npy; else WrongChoice."""
+    if name not in DATASETS and not str(name).endswith(".npy"):
+        raise WrongChoice(f"unknown data set {name!r}: use {', '.join(DATASETS)}, or the path of a FILE.npy")
+    return DATASETS.get(name)
+
+
+def load_chosen(name, only=None, split="train", root="data"):
+    """load_dataset's images and labels, those of the class `only` if it is not None, and the names of all classes."""
+    images, labels = load_dataset(name, split, root)
+    dataset = known(name)
+    classes = dataset.classes if dataset else tuple(str(k) for k in range(int(labels.max()) + 1))
+    if only is not None:
+        chosen = labels == find_label(only, classes)
+        if not chosen.any():
+            raise ValueError(f"{name} ({split}) has no image of {only!r}")
+        images, labels = images[chosen], labels[chosen]
+    return images, labels, classes
 
 
 def find_label(text, classes):
-    """The index of a class given by its name, in any case, or by its index. ValueError lists the classes."""
+    """The index of a class given by its name, in any case, or by its index. WrongChoice lists them."""
     names = [name.lower() for name in classes]
     if text.lower() in names:
         return names.index(text.lower())
     if text.isdecimal() and int(text) < len(classes):
         return int(text)
-    raise ValueError(f"no label {text!r}: use an index 0..{len(classes) - 1} or one of {', '.join(classes[:100])}")
+    raise WrongChoice(f"no label {text!r}: use an index 0..{len(classes) - 1} or one of {', '.join(classes[:100])}")
 
 
 def read_at_most(file, size):
@@ -389,10 +407,10 @@ def save_movie(path, frames, columns=None, seconds=4.0, hold=2.0):
 
 
 def check_suffix(path, allowed):
-    """The suffix of a file's name, in small letters; ValueError unless it is one of `allowed`."""
+    """The suffix of a file's name, in small letters; WrongChoice unless it is one of `allowed`."""
     suffix = Path(path).suffix.lower()
     if suffix not in allowed:
-        raise ValueError(f"{path}: the file name must end in {' or '.join(allowed)}")
+        raise WrongChoice(f"{path}: the file name must end in {' or '.join(allowed)}")
     return suffix
 
 

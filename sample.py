@@ -24,7 +24,7 @@ PICTURES = ("trajectory", "movie", "nearest", "forward", "reconstruct", "interpo
 
 
 def parse_args(argv=None):
-    """The settings, checked as far as they can be without the checkpoint; WrongFlag says what is wrong."""
+    """The settings, checked as far as they can be without the checkpoint; data.WrongChoice says what is wrong."""
     parser = train.Parser(__doc__)
     flag = parser.section("what to draw")
     flag("--checkpoint", "ddpm.pt", "made by train.py", metavar="FILE.pt")
@@ -70,13 +70,10 @@ def parse_args(argv=None):
         parser.error("--eta belongs to --sampler ddim; ddpm's noise was chosen in training (--variance)")
     if args.score and args.n < 2:
         parser.error("--score needs at least 2 images, and means little below 1000")
-    try:
-        for name in ("out", *PICTURES):
-            if getattr(args, name):
-                allowed = {"out": (".pgm", ".ppm", ".png", ".npy"), "movie": (".png",)}.get(name, (".pgm", ".ppm", ".png"))
-                data.check_suffix(getattr(args, name), allowed)
-    except ValueError as error:
-        parser.error(str(error))
+    for name in ("out", *PICTURES):
+        if getattr(args, name):
+            allowed = {"out": (".pgm", ".ppm", ".png", ".npy"), "movie": (".png",)}.get(name, (".pgm", ".ppm", ".png"))
+            data.check_suffix(getattr(args, name), allowed)
     return args
 
 
@@ -87,7 +84,7 @@ def check_files(args, colour):
         args.out = "samples.ppm" if colour else "samples.pgm"
     for path in filter(None, (args.out, *(getattr(args, name) for name in PICTURES))):
         if colour and Path(path).suffix.lower() == ".pgm":
-            raise train.WrongFlag(f"{path}: a .pgm is grey, and {args.checkpoint} draws in colour; use .ppm or .png")
+            raise data.WrongChoice(f"{path}: a .pgm is grey, and {args.checkpoint} draws in colour; use .ppm or .png")
         if train.ranks()[0] == 0:
             data.check_writable(path)
 
@@ -115,7 +112,7 @@ def sampler(args, diffusion):
     T = diffusion.timesteps
     steps = args.steps or (T if args.sampler == "ddpm" else min(50, T))
     if steps > T:
-        raise train.WrongFlag(f"--steps {steps} is more than the {T} that {args.checkpoint} was trained with")
+        raise data.WrongChoice(f"--steps {steps} is more than the {T} that {args.checkpoint} was trained with")
     if args.sampler == "ddim":
         return functools.partial(diffusion.ddim_sample, steps=steps, eta=args.eta or 0.0), steps
 
@@ -135,17 +132,14 @@ def load_classifier(path, device, checkpoint):
 
 
 def choose_labels(args, classes):
-    """The label of each image, (n,) int64, or None if there are no classes. WrongFlag for a label that cannot be."""
+    """The label of each image, (n,) int64, or None if there are no classes. data.WrongChoice for a label that cannot be."""
     if classes is None:
         if args.label is not None or args.guidance is not None:
-            raise train.WrongFlag(f"--label and --guidance need labels, and {args.checkpoint} was trained without: make one with "
+            raise data.WrongChoice(f"--label and --guidance need labels, and {args.checkpoint} was trained without: make one with "
                             "train.py --conditional, or name a --classifier")
         return None
     if args.label is not None:
-        try:
-            return torch.full((args.n,), data.find_label(args.label, classes))
-        except ValueError as error:
-            raise train.WrongFlag(f"--label: {error}") from None
+        return torch.full((args.n,), data.find_label(args.label, classes))
     return torch.arange(args.n) % len(classes)
 
 

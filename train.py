@@ -38,7 +38,7 @@ FREE = {"steps", "compile", "device", "data_dir", "out", "save_every", "resume",
 
 
 def parse_args(argv=None):
-    """The settings, checked; WrongFlag says what is wrong."""
+    """The settings, checked; data.WrongChoice says what is wrong."""
     parser = Parser(__doc__)
     flag = parser.section("data")
     flag("--dataset", "fashion-mnist", "fashion-mnist, mnist, cifar10, or a FILE.npy of uint8 images")
@@ -110,12 +110,11 @@ def parse_args(argv=None):
 
 def settled(args, parser):
     """The settings with the defaults that depend on others filled in; settings that contradict each other are refused."""
-    if args.dataset not in data.DATASETS and not args.dataset.endswith(".npy"):
-        parser.error(f"unknown data set {args.dataset!r}: use {', '.join(data.DATASETS)}, or the path of a FILE.npy")
+    dataset = data.known(args.dataset)
     args.lr = args.lr or {"muon": 0.01, "adam": 0.005}[args.optimizer]
     args.out = args.out or ("classifier.pt" if args.classifier else "ddpm.pt")
     if args.flip is None:
-        args.flip = data.DATASETS[args.dataset].flip if args.dataset in data.DATASETS else True
+        args.flip = dataset is None or dataset.flip
     if not 1 <= len(args.multipliers) <= 12 or max(args.multipliers) > 64:
         parser.error("--multipliers: 1 to 12 of them, and none above 64")
     if any(args.channels * m % args.heads for m in args.multipliers):
@@ -184,7 +183,7 @@ def prepare(args):
     """Device, data and network: a Run that is ready for its next step, whether its first or, with --resume, a later one."""
     rank, world, local = ranks()
     if args.batch_size % (world * args.accumulate):
-        raise WrongFlag(f"--batch-size {args.batch_size} does not divide into {world * args.accumulate} equal parts "
+        raise data.WrongChoice(f"--batch-size {args.batch_size} does not divide into {world * args.accumulate} equal parts "
                         "(processes x --accumulate)")
     device = pick_device(args.device)
     if device.type == "cuda":
@@ -195,7 +194,7 @@ def prepare(args):
         data.check_writable(args.out)
     if local > 0:
         dist.barrier()                               # the first process of each machine fetches the data, the others wait
-    images, labels, classes = load_data(args.dataset, args.only, "train", args.data_dir)
+    images, labels, classes = data.load_chosen(args.dataset, args.only, "train", args.data_dir)
     if world > 1 and local == 0:
         dist.barrier()
     if (args.conditional or args.classifier) and len(classes) < 2:
@@ -395,7 +394,7 @@ def random_streams(device):
 def evaluate(args):
     """Print the test set's L_simple and its bound in bits/dim, split as in Section 4.3, with 95% confidence intervals."""
     if ranks()[1] > 1:
-        raise WrongFlag("--evaluate is work for one process: leave out torchrun")
+        raise data.WrongChoice("--evaluate is work for one process: leave out torchrun")
     device = pick_device(args.device)
     network, diffusion, checkpoint = load_checkpoint(args.evaluate, device)
     images, labels = load_like(checkpoint, "test", args.data_dir)
@@ -556,28 +555,10 @@ def keep_older(path):
 # ------------------------------------------------------------------------- from settings to data, devices and networks
 
 
-def load_data(dataset, only, split, data_dir):
-    """-> images uint8 (N, C, H, W), labels (N,), and the names of the classes; of the class `only` if that is not None."""
-    images, labels = data.load_dataset(dataset, split, data_dir)
-    classes = data.class_names(dataset, labels)
-    if only is not None:
-        try:
-            chosen = labels == data.find_label(only, classes)
-        except ValueError as error:
-            raise WrongFlag(f"--only: {error}") from None
-        images, labels = images[chosen], labels[chosen]
-        if len(images) == 0:
-            raise ValueError(f"--only {only}: {dataset} has no image of it")
-    return images, labels, classes
-
-
 def load_like(checkpoint, split, data_dir):
     """Images and labels of the data that a checkpoint was trained on. ValueError if they have become something else."""
     dataset = checkpoint["settings"]["dataset"]
-    try:
-        images, labels, _ = load_data(dataset, checkpoint["settings"]["only"], split, data_dir)
-    except WrongFlag as error:
-        raise ValueError(f"{dataset} is no longer what the checkpoint was trained on: {error}") from None
+    images, labels, _ = data.load_chosen(dataset, checkpoint["settings"]["only"], split, data_dir)
     if tuple(images.shape[1:]) != checkpoint["shape"] or labels.max() >= len(checkpoint["classes"]):
         raise ValueError(f"the checkpoint was trained on images {checkpoint['shape']} of {len(checkpoint['classes'])} classes, "
                          f"but {dataset} ({split}) holds {tuple(images.shape[1:])} of {int(labels.max()) + 1}")
@@ -618,7 +599,7 @@ def pick_device(name):
         torch.zeros(1, device=device).item()
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise WrongFlag(f"--device {name or best}: {str(error).splitlines()[0]}") from None
+        raise data.WrongChoice(f"--device {name or best}: {str(error).splitlines()[0]}") from None
 
 
 def pick_dtype(precision, device):
@@ -641,7 +622,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        raise WrongFlag(message)
+        raise data.WrongChoice(message)
 
     def section(self, title):
         """-> a function that adds a flag to a new group of the help: (flag, default, help, ...)."""
@@ -652,10 +633,6 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(name, default=default, help=help.replace("%", "%%") + shown, **kind)
 
         return flag
-
-
-class WrongFlag(ValueError):
-    """A flag that cannot be what it is: exit code 2."""
 
 
 def number(kind, wanted, fits):
@@ -697,7 +674,7 @@ def guarded(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except WrongFlag as error:
+    except data.WrongChoice as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError) as error:
