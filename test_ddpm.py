@@ -1388,7 +1388,7 @@ class Commands(InTemporaryFolder):
     def test_two_commands_make_a_picture(self):
         said = self.trained()
         self.assertRegex(said, r"60 images 1x8x8, [\d,]+ parameters")
-        self.assertRegex(said, r"step 6/6  loss \d+\.\d+  \d+ images/s  0:00 left\n")
+        self.assertRegex(said, r"step 6/6  loss \d+\.\d+  \d+ images/s  0:00:00 left\n")
         self.assertRegex(said, r"48 images, in .*Next: python sample.py")
         out = self.folder / "s.pgm"
         self.assertRegex(self.sampled("--n", "5", "--out", out), r"(?s)network evaluations/s.*wrote .*s\.pgm; --out samples\.png")

@@ -160,8 +160,9 @@ def train(args):
         now, last = time.monotonic(), run.done == args.steps
         if now - reported > 1 or last:
             speed, skipped = (run.done - first) / (now - began), f"  {run.skipped} steps skipped" if run.skipped else ""
+            left = datetime.timedelta(seconds=round((args.steps - run.done) / speed))
             run.say(f"step {run.done}/{args.steps}  loss {losses.item() / taken:.4f}  {speed * args.batch_size:.0f} images/s  "
-                    f"{clock((args.steps - run.done) / speed)} left{skipped}", done=last)
+                    f"{left} left{skipped}", done=last)
             reported, losses, taken = now, torch.zeros_like(losses), 0
         if run.done % args.save_every == 0:
             run.save(args.out)
@@ -174,8 +175,9 @@ def train(args):
         run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: the same command with --resume" if run.done > first
                 else "stopped before the first step; there is nothing to save", done=True)
         sys.exit(128 + stopped[0] if stopped else 1)
-    taken, named = run.done - first, "" if args.out == "ddpm.pt" else f" --checkpoint {shlex.quote(args.out)}"
-    run.say(f"{taken} steps, {taken * args.batch_size:,} images, in {clock(time.monotonic() - began)}; averaged weights in "
+    taken, time_taken = run.done - first, datetime.timedelta(seconds=round(time.monotonic() - began))
+    named = "" if args.out == "ddpm.pt" else f" --checkpoint {shlex.quote(args.out)}"
+    run.say(f"{taken} steps, {taken * args.batch_size:,} images, in {time_taken}; averaged weights in "
             f"{args.out}. Next: python sample.py{f' --score {shlex.quote(args.out)}' if args.classifier else named}", done=True)
 
 
@@ -223,12 +225,6 @@ def stop_agreed(stopped, run):
     flag = torch.tensor(float(len(stopped)), device=run.device)
     dist.all_reduce(flag)
     return flag.item() > 0
-
-
-def clock(seconds):
-    """Seconds as 4:05 or 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
 class Run:
