@@ -396,34 +396,30 @@ def evaluate(args):
     images, labels = load_like(checkpoint, "test", args.data_dir)
     T, N = diffusion.timesteps, min(args.exact or len(images), len(images))
     torch.manual_seed(args.seed)
-    quarters, images_seen = torch.zeros(2, 4), []
+    parts = []
     for k in range(0, N, 500):
         x_0 = data.to_model(images[k:min(k + 500, N)].to(device))
-        y = labels[k:k + len(x_0)].to(device) if network.num_classes else None
-        model = functools.partial(network, y=y)
+        model = functools.partial(network, y=labels[k:k + len(x_0)].to(device) if network.num_classes else None)
         times, weights = choose_terms(T, len(x_0), args.exact > 0, device)
         rows = []
         for t in times:
             rows.append(measure(model, diffusion, x_0, t))
             data.say(f"{k} of {N} images, {len(x_0)} more at t = {int(t[0])}")
-        terms, simple, squared_error = torch.stack(rows, dim=1)                       # each (R, B)
-        quarter = ((times - 1) * 4 // T).flatten().cpu()
-        for total, values in zip(quarters, (weights * simple, weights), strict=True):
-            total.index_add_(0, quarter, values.flatten().cpu())
-        images_seen.append(torch.stack([(weights * simple).sum(0) / T, diffusion.prior_bits(x_0),
-                                        (weights * terms)[1:].sum(0), terms[0], squared_error[0]]))
-    simple, prior, rate, distortion, squared_error = torch.cat(images_seen, dim=1).cpu().double()
+        prior = diffusion.prior_bits(x_0).expand_as(weights)
+        parts.append(torch.stack([times, weights, prior, *torch.stack(rows, dim=1)]).cpu())
+    times, weights, prior, terms, simple, squared_error = torch.cat(parts, dim=2).double()          # each (times, N)
+    prior, rate, distortion, quarter = prior[0], (weights * terms)[1:].sum(0), terms[0], (times - 1) * 4 // T
 
     def shown(x):
         return f"{x.mean():.4f}" + (f" +- {1.96 * x.std() / math.sqrt(len(x)):.4f}" if len(x) > 1 else "")
 
-    by_quarter = "  ".join(f"{mean:.4f}" for mean in quarters[0] / quarters[1].clamp(min=1e-9))
+    by_quarter = "  ".join(f"{(weights * simple)[quarter == q].sum() / weights[quarter == q].sum():.4f}" for q in range(4))
     data.say(f"{checkpoint['settings']['dataset']}, test split, {N:,} images, {args.evaluate} at step {checkpoint['step']}",
              done=True)
-    print(f"L_simple    {shown(simple)}   by quarter of t: {by_quarter}\n"
+    print(f"L_simple    {shown((weights * simple).sum(0) / T)}   by quarter of t: {by_quarter}\n"
           f"bits/dim <= {shown(prior + rate + distortion)}, the sum of\n"
           f"  rate        {shown(prior + rate)}   L_1 + ... + L_T, of which L_T {prior.mean():.9f}\n"
-          f"  distortion  {shown(distortion)}   L_0; RMSE {127.5 * squared_error.mean().sqrt():.2f} of 255")
+          f"  distortion  {shown(distortion)}   L_0; RMSE {127.5 * squared_error[0].mean().sqrt():.2f} of 255")
 
 
 def choose_terms(T, B, every, device):
