@@ -356,6 +356,17 @@ def atomic(path):
             os.unlink(part)
 
 
+def keep_older(path):
+    """Give the file that a new one would replace another name: ddpm.1.pt, ddpm.2.pt, ..."""
+    stem, suffix = os.path.splitext(path)
+    kept = next(name for k in range(1, 10**6) if not os.path.exists(name := f"{stem}.{k}{suffix}"))
+    try:
+        os.link(os.path.realpath(path), kept)        # two names for a moment: `path` is there all the time
+    except OSError:
+        shutil.copy2(path, kept)
+    say(f"{path} was there already and is now {kept}", done=True)
+
+
 def check_writable(path):
     """OSError now, rather than after hours of work, if `path` could not be written."""
     folder = os.path.dirname(os.path.realpath(path))

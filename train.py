@@ -15,7 +15,6 @@ import io
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -283,7 +282,7 @@ class Run:
         Every process draws the whole batch from the same random numbers and works on its own part of it, so that the
         result does not depend on how many processes there are (but for --dropout: all of them have the same masks).
         """
-        self.optimizer.param_groups[0]["lr"] = learning_rate(self.done, self.args)
+        self.optimizer.param_groups[0]["lr"] = unet.learning_rate(self.done, self.args.steps, self.args.lr, self.args.warmup)
         self.optimizer.zero_grad()
         x_0, y = self.batch()
         t, importance = self.draw_t(x_0)
@@ -306,7 +305,7 @@ class Run:
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()
-        update_ema(list(self.ema.parameters()), self.weights, self.args.ema, self.done)
+        unet.update_ema(list(self.ema.parameters()), self.weights, self.args.ema, self.done)
         if self.args.loss == "vlb":
             everyone = torch.zeros_like(t, dtype=torch.float32)
             everyone[self.rank * len(losses):(self.rank + 1) * len(losses)] = losses
@@ -322,17 +321,20 @@ class Run:
                 "optimizer": self.optimizer.state_dict()["state"]}
 
     def save(self, path):
-        """Write the checkpoint, if anything has changed; another training's of that name is renamed first."""
+        """Write the checkpoint, if anything has changed: `path` is always a complete one, the old or the new. Another
+        training's of that name is renamed first."""
         if self.rank > 0 or not self.changed:
             return
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise ValueError(f"the weights are no longer finite numbers; {path} was left as it was. Try a lower --lr")
         if self.fresh and os.path.exists(path):
-            keep_older(path)
+            data.keep_older(path)
         self.fresh = self.changed = False
-        save_checkpoint(path, {
-            **self.fixed, **self.state(), "step": self.done, "scaler": self.scaler.state_dict(),
-            "rng": {name: stream.get_rng_state() for name, stream in random_streams(self.device).items()}})
+        content = io.BytesIO()
+        torch.save({**self.fixed, **self.state(), "step": self.done, "scaler": self.scaler.state_dict(),
+                    "rng": {name: stream.get_rng_state() for name, stream in random_streams(self.device).items()}}, content)
+        with data.atomic(path) as file:
+            file.write(content.getbuffer())
 
     def restore(self, path):
         """Go on from a checkpoint. ValueError if it was made with other settings, or is damaged."""
@@ -363,19 +365,6 @@ class ClassifierRun(Run):
         """-log p(y | x_t), (B,); x_0 itself at t = 0."""
         x_t = torch.where((t > 0)[:, None, None, None], self.diffusion.q_sample(x_0, t.clamp(min=1), noise), x_0)
         return F.cross_entropy(self.model(x_t, t), y, reduction="none")
-
-
-def learning_rate(step, args):
-    """Up in a straight line over the warm-up, the first step not at 0; then down in another, to 0 at the end."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / (args.warmup + 1)
-    return args.lr * (args.steps - step) / max(args.steps - args.warmup, 1)
-
-
-@torch.no_grad()
-def update_ema(ema, weights, decay, step):
-    """ema <- decay ema + (1 - decay) weights, in place; a shorter memory at first, so that the start is forgotten."""
-    torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
 
 
 def random_streams(device):
@@ -523,25 +512,6 @@ def copy_into(own, saved):
             raise ValueError(f"{name} has numbers that are not finite")
         else:
             tensor.copy_(saved[name])
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint so that, whatever happens, `path` is a complete one: the old or the new."""
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
-    with data.atomic(path) as file:
-        file.write(content.getbuffer())
-
-
-def keep_older(path):
-    """Give the model that a new training would overwrite another name: ddpm.1.pt, ddpm.2.pt, ..."""
-    stem, suffix = os.path.splitext(path)
-    kept = next(name for k in range(1, 10**6) if not os.path.exists(name := f"{stem}.{k}{suffix}"))
-    try:
-        os.link(os.path.realpath(path), kept)              # two names for a moment: `path` is there all the time
-    except OSError:
-        shutil.copy2(path, kept)
-    data.say(f"{path} was there already and is now {kept}", done=True)
 
 
 # ------------------------------------------------------------------------- from settings to data, devices and networks

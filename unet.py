@@ -321,6 +321,19 @@ class NoisyClassifier(nn.Module):
 # How weights are updated ------------------------------------------------------------------------------------------------
 
 
+def learning_rate(step, steps, peak, warmup):
+    """Up in a straight line over the warm-up, the first step not at 0; then down in another, to 0 at the end."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    return peak * (steps - step) / max(steps - warmup, 1)
+
+
+@torch.no_grad()
+def update_ema(ema, weights, decay, step):
+    """ema <- decay ema + (1 - decay) weights, in place; a shorter memory at first, so that the start is forgotten."""
+    torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
+
+
 class Optimizer(torch.optim.AdamW):
     """Adam; if `muon`, with momentum made orthogonal for the convolutions between feature maps, which is called Muon (Jordan
     et al. 2024, kellerjordan.github.io/posts/muon).
