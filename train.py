@@ -234,9 +234,8 @@ class Run:
         self.args, self.images, self.labels, self.device = args, images.to(device), labels.to(device), device
         self.rank, self.world, _ = ranks()
         self.say = data.say if self.rank == 0 else (lambda text, done=False: None)
-        self.done = 0                                   # steps taken
-        self.changed = False                            # whether there is something to save
-        self.fresh = True                               # whether --out, if it exists, is another training's
+        self.done = self.skipped = self.skipped_in_a_row = 0      # steps, and those of them whose gradient was not finite
+        self.saved = 0                            # done - skipped when --out was written; 0: what is there is another training's
         self.fixed = {"format": FORMAT, "settings": settings_of(args), "shape": tuple(images.shape[1:]), "classes": classes}
         self.network = make_network(args, self.fixed["shape"], classes).to(device)
         if device.type == "cuda":
@@ -248,7 +247,6 @@ class Run:
         self.optimizer = unet.Optimizer(self.network, args.lr, args.weight_decay, muon=args.optimizer == "muon")
         self.dtype = pick_dtype(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.skipped = self.skipped_in_a_row = 0
         self.model = torch.compile(self.network) if args.compile else self.network
         if self.world > 1:
             self.model = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
@@ -300,8 +298,8 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         if torch.isfinite(norm):
-            self.skipped_in_a_row, self.changed = 0, True
             self.optimizer.step()
+            self.skipped_in_a_row = 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()
@@ -323,13 +321,13 @@ class Run:
     def save(self, path):
         """Write the checkpoint, if anything has changed: `path` is always a complete one, the old or the new. Another
         training's of that name is renamed first."""
-        if self.rank > 0 or not self.changed:
+        if self.rank > 0 or self.done - self.skipped == self.saved:
             return
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise ValueError(f"the weights are no longer finite numbers; {path} was left as it was. Try a lower --lr")
-        if self.fresh and os.path.exists(path):
+        if self.saved == 0 and os.path.exists(path):
             data.keep_older(path)
-        self.fresh = self.changed = False
+        self.saved = self.done - self.skipped
         content = io.BytesIO()
         torch.save({**self.fixed, **self.state(), "step": self.done, "scaler": self.scaler.state_dict(),
                     "rng": {name: stream.get_rng_state() for name, stream in random_streams(self.device).items()}}, content)
@@ -350,7 +348,7 @@ class Run:
             for name, stream in random_streams(self.device).items():
                 if name == "cpu" or name in checkpoint["rng"]:         # a run may go on on another kind of device
                     stream.set_rng_state(checkpoint["rng"][name])
-        self.done, self.fresh = checkpoint["step"], False
+        self.done = self.saved = checkpoint["step"]
 
 
 class ClassifierRun(Run):
