@@ -126,8 +126,10 @@ class GaussianDiffusion(nn.Module):
         return torch.randint(1, self.timesteps + 1, (len(x_0),), device=x_0.device) if t is None else self.times(t, x_0)
 
     def normal_eps(self, x, noise=None, generator=None):
-        """eps ~ N(0, I) of x's shape, unless `noise` is given."""
-        return randn(x.shape, x.device, generator) if noise is None else noise
+        """eps ~ N(0, I) of x's shape, unless `noise` is given. The generator may live on the CPU though x does not."""
+        if noise is not None:
+            return noise.to(x.device)
+        return torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device).to(x.device)
 
     def distance(self, output, x_0, x_t, t, eps):
         """How far the model's output (B, ...) is from what it should be -> (B,): the paper's L_simple, or what `loss` says."""
@@ -238,7 +240,7 @@ class GaussianDiffusion(nn.Module):
     def begin(self, shape, x_T, generator, on_step):
         """What samplers start from: x_T, drawn unless given, and on_step, a no-op unless given, told of x_T."""
         on_step = on_step or (lambda t, x_t, x_0: None)
-        x_T = randn(shape, self.beta.device, generator) if x_T is None else x_T.to(self.beta.device)
+        x_T = self.normal_eps(self.beta.new_empty(shape), x_T, generator)
         on_step(self.timesteps, x_T, None)
         return x_T, on_step
 
@@ -508,8 +510,3 @@ def answered(output):
 def at(coefficients, t):
     """The entries for t (B,) of a table (T+1,), as (B, 1, 1, 1): ready to multiply images."""
     return coefficients[t][:, None, None, None]
-
-
-def randn(shape, device, generator=None):
-    """Standard normal noise; from `generator` if there is one, which may live on the CPU though `device` is another."""
-    return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
