@@ -133,11 +133,8 @@ class GaussianDiffusion(nn.Module):
 
     def distance(self, output, x_0, x_t, t, eps):
         """How far the model's output (B, ...) is from what it should be -> (B,): the paper's L_simple, or what `loss` says."""
-        if self.loss == "vlb":
-            return self.l_vlb(output, x_0, x_t, t)
-        if self.loss == "hybrid":
-            return self.l_hybrid(output, x_0, x_t, t, eps)
-        return self.l_simple(output, x_0, x_t, t, eps)
+        loss = {"vlb": self.l_vlb, "hybrid": self.l_hybrid}.get(self.loss, self.l_simple)
+        return loss(output, x_0, x_t, t, eps)
 
     def l_simple(self, output, x_0, x_t, t, eps):
         """Eq. 14, (B,); a mean over the pixels rather than a sum, so that it reads the same at every image size."""
@@ -311,15 +308,15 @@ class GaussianDiffusion(nn.Module):
 
     # ------------------------------------------------------- Nichol & Dhariwal 2021, "Improved DDPM": losses with a variance
 
-    def l_vlb(self, output, x_0, x_t, t):
-        """T L_{t-1} in bits per dimension (B,), so that its mean over t is the bound without L_T."""
+    def l_vlb(self, output, x_0, x_t, t, eps):
+        """T L_{t-1} in bits per dimension (B,), so that its mean over t is the bound without L_T; eps is in x_t already."""
         return self.timesteps * self.vlb_terms(answered(output), x_0, x_t, t, clip=False)
 
     def l_hybrid(self, output, x_0, x_t, t, eps):
         """L_simple + 0.001 L_vlb (iDDPM Eq. 16), (B,); L_vlb teaches the variance alone, its mean being held fixed."""
         prediction, channels = self.split(output, x_t)
         held = torch.cat([prediction.detach(), channels], dim=1)
-        return self.l_simple(output, x_0, x_t, t, eps) + 0.001 * self.l_vlb(held, x_0, x_t, t)
+        return self.l_simple(output, x_0, x_t, t, eps) + 0.001 * self.l_vlb(held, x_0, x_t, t, eps)
 
     # ------------------------------------------ Song, Meng, Ermon 2020, "Denoising Diffusion Implicit Models": fewer steps
 
