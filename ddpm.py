@@ -354,10 +354,10 @@ class GaussianDiffusion(nn.Module):
         """
         x_s, times = x_0, self.walk(steps)[::-1]
         for s, t in itertools.pairwise(times):
-            alpha_bar_s, alpha_bar_t = self.exact_alpha_bar[[s, t]].tolist()
+            alpha_bar_s = float(self.exact_alpha_bar[s])
             eps, _ = self.predict(model, x_s, t, clip=False)
             x_0 = (x_s - math.sqrt(1 - alpha_bar_s) * eps) / math.sqrt(alpha_bar_s)
-            x_s = math.sqrt(alpha_bar_t) * x_0 + math.sqrt(1 - alpha_bar_t) * eps
+            x_s = self.q_sample(x_0, t, eps)
         return x_s
 
 
@@ -375,9 +375,9 @@ def respace(diffusion, model, steps):
     """A chain of `steps` steps and a model for it: Algorithm 2, the bound and all else on a subsequence of the T times.
 
     The new chain has the old alpha_bar at those times, hence betas of 1 - alpha_bar_t / alpha_bar_s for a stride t -> s,
-    never beta_t; the network still sees the old t. eps, x0, v and "learned_range" mean the same in both chains. The "mean"
-    and the "learned" variance belong to the old, shorter step: the mean is said again through x_0, and the variance keeps
-    its ratio to beta-tilde.
+    never beta_t; the network still sees the old t. What it predicts is said again, through eps and x_0, in the new chain's
+    terms: only the "mean" belongs to the old, shorter step and changes. So does the "learned" variance, which keeps its
+    ratio to beta-tilde; "learned_range" means the same in both.
     """
     times = torch.tensor(diffusion.walk(steps)[::-1])
     if steps == diffusion.timesteps:
@@ -392,13 +392,11 @@ def respace(diffusion, model, steps):
     def strided_model(x_t, k):
         t = times[k]
         output = model(x_t, t)
-        prediction, channels = diffusion.split(output, x_t)
-        if diffusion.prediction == "mean":
-            eps, x_0 = diffusion.predict(answered(output), x_t, t, clip=False)
-            prediction = short.target(x_0, x_t, k, eps)
+        eps, x_0 = diffusion.predict(answered(output), x_t, t, clip=False)
+        channels = output[:, x_t.shape[1]:]                  # none at all if sigma_t is fixed
         if diffusion.variance == "learned":
             channels = channels - at(diffusion.log_posterior_variance, t) + at(short.log_posterior_variance, k)
-        return prediction if channels is None else torch.cat([prediction, channels], dim=1)
+        return torch.cat([short.target(x_0, x_t, k, eps), channels], dim=1)
 
     return short, strided_model
 
