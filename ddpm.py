@@ -410,13 +410,12 @@ class ImportanceSampler(nn.Module):
 
     def __init__(self, timesteps, history=10):
         super().__init__()
-        self.register_buffer("losses", torch.zeros(timesteps, history))
-        self.register_buffer("seen", torch.zeros(timesteps, dtype=torch.int64))
+        self.register_buffer("losses", torch.full((timesteps, history), -1.0))           # newest first; -1: none yet
 
     def probabilities(self):
         """p_t for t = 1 .. T, (T,), summing to 1."""
-        T, history = self.losses.shape
-        if bool((self.seen < history).any()):
+        T = len(self.losses)
+        if bool((self.losses < 0).any()):
             return torch.full_like(self.losses[:, 0], 1 / T)
         p = self.losses.square().mean(1).sqrt()
         return 0.999 * p / p.sum().clamp(min=1e-30) + 0.001 / T
@@ -430,9 +429,8 @@ class ImportanceSampler(nn.Module):
     def update(self, t, losses):
         """Remember losses (n,) seen at t (n,), each in place of the oldest; those that are not finite are passed over."""
         finite = torch.isfinite(losses)
-        for k, loss in zip((t[finite] - 1).tolist(), losses[finite].detach()):
-            self.losses[k, self.seen[k] % self.losses.shape[1]] = loss
-            self.seen[k] += 1
+        for k, loss in zip((t[finite] - 1).tolist(), losses[finite].detach().clamp(min=0)):      # a KL may round to below 0
+            self.losses[k] = torch.cat([loss[None], self.losses[k, :-1]])
 
 
 # Guidance: models around models -----------------------------------------------------------------------------------------
