@@ -42,9 +42,8 @@ def parse_args(argv=None):
     flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)",
          type=train.number(float, "from 0 to 1", lambda x: 0 <= x <= 1))
     flag("--batch-size", 256, "images at a time", type=train.count())
-    flag("--precision", "auto", "as in train.py; auto asks what this machine does fast",
-         choices=("auto", "fp32", "bf16", "fp16"))
-    flag("--compile", False, "torch.compile the network", action="store_true")
+    flag("--precision", "auto", "as in train.py; auto asks what this machine does fast", choices=("auto", "fp32", "bf16", "fp16"))
+    flag("--compile", False, "torch.compile the network")
     flag("--device", None, "cpu, cuda, cuda:1, mps; default: the best there is")
 
     flag = parser.section("output")

@@ -47,7 +47,7 @@ def parse_args(argv=None):
          "most shoes face one way)", action=argparse.BooleanOptionalAction)
 
     flag = parser.section("diffusion")
-    flag("--timesteps", 1000, "T, the number of steps from image to noise (the paper: 1000)", type=count(10**6))
+    flag("--timesteps", 1000, "T, the number of steps from image to noise (the paper: 1000)", type=count(1, 10**6))
     flag("--schedule", None, "of beta_t: iDDPM's cosine, or linear, the paper's (default: cosine, which took 12 to 26 per cent "
          "off the Frechet distance after 2000 steps; linear if --beta-start or --beta-end is given)",
          choices=("cosine", "linear"))
@@ -60,20 +60,19 @@ def parse_args(argv=None):
     flag("--loss", "mse", "mse is the paper's L_simple; vlb draws t by its loss (iDDPM Eq. 18)", choices=ddpm.CHOICES["loss"])
 
     flag = parser.section("network")
-    flag("--channels", 32, "of the largest feature map (the paper: 128)", type=count(2**14))
+    flag("--channels", 32, "of the largest feature map (the paper: 128)", type=count(1, 2**14))
     flag("--multipliers", "1,2", "channels of each resolution, times --channels (the paper: 1,2,2,2)", type=numbers)
-    flag("--blocks", 1, "residual blocks per resolution (the paper: 2)", type=count(64))
+    flag("--blocks", 1, "residual blocks per resolution (the paper: 2)", type=count(1, 64))
     flag("--attention", "", "sizes of the feature maps that get attention, e.g. 7,14; the middle always does (the paper: 16)",
          type=numbers)
     flag("--heads", 1, "of the attention", type=count())
     flag("--dropout", 0.0, "in the residual blocks (the paper: 0.1 on CIFAR-10)", type=FRACTION)
-    flag("--patch", 2, "pixels gathered into one along each side (the paper: 1)", type=count(64))
+    flag("--patch", 2, "pixels gathered into one along each side (the paper: 1)", type=count(1, 64))
     flag("--block", "resnet", "kind of residual block", choices=("resnet", "convnext"))
     flag("--embedding", "add", "how a block is told t", choices=("add", "scale-shift"))
-    flag("--conditional", False, "learn the labels too, for --label and --guidance of sample.py", action="store_true")
+    flag("--conditional", False, "learn the labels too, for --label and --guidance of sample.py")
     flag("--label-dropout", 0.1, "share of labels hidden in training, for guidance", type=FRACTION)
-    flag("--classifier", False, "train a classifier of noisy images instead, for sample.py's --classifier and --score",
-         action="store_true")
+    flag("--classifier", False, "train a classifier of noisy images instead, for sample.py's --classifier and --score")
 
     flag = parser.section("optimisation")
     flag("--steps", 5500, "optimiser steps (the paper: 800000)", type=count())
@@ -83,15 +82,13 @@ def parse_args(argv=None):
          "33 per cent off the Frechet distance after 2000 steps", choices=("muon", "adam"))
     flag("--lr", None, "learning rate after the warm-up; it then falls to 0 (default: 0.01 for muon, 0.005 for adam; the paper: "
          "0.0002, constant)", type=POSITIVE)
-    flag("--warmup", 100, "steps over which the rate rises", type=number(int, "of at least 0", lambda x: x >= 0))
+    flag("--warmup", 100, "steps over which the rate rises", type=count(0))
     flag("--weight-decay", 0.0, "as in AdamW", type=NOT_NEGATIVE)
-    flag("--ema", 0.999, "decay of the averaged weights, which samples are drawn with (the paper: 0.9999)",
-         type=FRACTION)
+    flag("--ema", 0.999, "decay of the averaged weights, which samples are drawn with (the paper: 0.9999)", type=FRACTION)
     flag("--precision", "auto", "auto: bf16 where CUDA or the CPU (AVX512-BF16, AMX) has units for it, else fp32",
          choices=("auto", "fp32", "bf16", "fp16"))
-    flag("--compile", False, "torch.compile the network: a minute's wait first; meant for GPUs", action="store_true")
-    flag("--checkpointing", False, "compute blocks twice rather than remember them: less memory, more time",
-         action="store_true")
+    flag("--compile", False, "torch.compile the network: a minute's wait first; meant for GPUs")
+    flag("--checkpointing", False, "compute blocks twice rather than remember them: less memory, more time")
     flag("--seed", 0, "of everything random", type=SEED)
     flag("--device", None, "cpu, cuda, cuda:1, mps; default: the best there is")
 
@@ -99,10 +96,10 @@ def parse_args(argv=None):
     flag("--out", None, "checkpoint to write (default: ddpm.pt; classifier.pt with --classifier)", metavar="FILE.pt")
     flag("--save-every", 1000, "steps between checkpoints; there is always one at the end", type=count())
     flag("--resume", False, "go on from --out, exactly as if it had never stopped (after its last step: with a larger --steps, "
-         "and a rate that jumps up again)", action="store_true")
+         "and a rate that jumps up again)")
     flag("--evaluate", None, "measure a checkpoint on the test set instead: L_simple and bits/dim", metavar="FILE.pt")
-    flag("--exact", 0, "with --evaluate: all T terms of this many images, instead of random terms of all",
-         type=number(int, "of at least 0", lambda x: x >= 0), metavar="IMAGES")
+    flag("--exact", 0, "with --evaluate: all T terms of this many images, instead of random terms of all", type=count(0),
+         metavar="IMAGES")
 
     return settled(parser.parse_args(argv), parser)
 
@@ -590,6 +587,7 @@ class Parser(argparse.ArgumentParser):
 
         def flag(name, default, help, **kind):
             shown = "" if default is None or default is False or default == "" else f" (default: {default})"
+            kind |= {"action": "store_true"} if default is False else {}
             group.add_argument(name, default=default, help=help.replace("%", "%%") + shown, **kind)
 
         return flag
@@ -609,9 +607,9 @@ def number(kind, wanted, fits):
     return parse
 
 
-def count(most=10**9):
-    """A flag's type: a whole number from 1 on."""
-    return number(int, "of at least 1" + (f" and at most {most:,}" if most < 10**9 else ""), lambda x: 1 <= x <= most)
+def count(least=1, most=10**9):
+    """A flag's type: a whole number."""
+    return number(int, f"of at least {least}" + (f" and at most {most:,}" if most < 10**9 else ""), lambda x: least <= x <= most)
 
 
 def numbers(text):
