@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import data
 import train
+import unet
 from ddpm import classifier_free_guidance, classifier_guidance, respace
 
 PICTURES = ("trajectory", "movie", "nearest", "forward", "reconstruct", "interpolate")      # flags that name a file to draw
@@ -325,7 +326,7 @@ def main(argv=None):
     if rank == 0:
         draw_others(args, network, diffusion, checkpoint, device)
     if args.out:
-        film, dtype = Recorder(steps), train.pick_dtype(args.precision, device)
+        film, dtype = Recorder(steps), unet.pick_dtype(args.precision, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             pixels = draw(args, network, classifier, diffusion, checkpoint, labels, device, film)
         if rank == 0:

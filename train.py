@@ -242,7 +242,7 @@ class Run:
         self.weights = list(self.network.parameters())
         self.ema = copy.deepcopy(self.network)
         self.optimizer = unet.Optimizer(self.network, args.lr, args.weight_decay, muon=args.optimizer == "muon")
-        self.dtype = pick_dtype(args.precision, device)
+        self.dtype = unet.pick_dtype(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.model = torch.compile(self.network) if args.compile else self.network
         if self.world > 1:
@@ -557,16 +557,6 @@ def pick_device(name):
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise data.WrongChoice(f"--device {name or best}: {str(error).splitlines()[0]}") from None
-
-
-def pick_dtype(precision, device):
-    """What autocast computes in. auto is bf16 where the hardware multiplies matrices in it, else fp32."""
-    if precision == "auto":
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
-        units = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                 else device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16")))
-        precision = "bf16" if units else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 # --------------------------------------------------------------------------------------------------------------- flags

@@ -318,7 +318,17 @@ class NoisyClassifier(nn.Module):
         return self.head(self.features(x, t)).to(x.dtype)
 
 
-# How weights are updated ------------------------------------------------------------------------------------------------
+# How it is computed, and how its weights are updated --------------------------------------------------------------------
+
+
+def pick_dtype(precision, device):
+    """What autocast computes in. auto is bf16 where the hardware multiplies matrices in it, else fp32."""
+    if precision == "auto":
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        units = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+                 else device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16")))
+        precision = "bf16" if units else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def learning_rate(step, steps, peak, warmup):
