@@ -340,7 +340,8 @@ class Run:
             differ = ", ".join(f"{k} was {old[k]!r} and is {new[k]!r}" for k in new if old[k] != new[k])
             raise ValueError(f"--resume cannot go on from {path} with other settings: {differ[:500]}")
         with data.damaged(f"{path} is damaged"):
-            copy_into(self.state(), checkpoint)
+            state = self.state()
+            copy_into(state, {name: checkpoint[name] for name in state})
             self.scaler.load_state_dict(checkpoint["scaler"])
             for name, stream in random_streams(self.device).items():
                 if name == "cpu" or name in checkpoint["rng"]:         # a run may go on on another kind of device
@@ -495,10 +496,10 @@ def argv_of(settings):
 
 
 def copy_into(own, saved):
-    """Copy saved tensors into a dict (of dicts) of tensors. ValueError unless each is there, in its shape and type, and finite."""
+    """Copy saved tensors into a dict (of dicts) of tensors. ValueError unless names, shapes and types agree, and all is finite."""
+    if not isinstance(saved, dict) or saved.keys() != own.keys():
+        raise ValueError("its weights are not those of its network")
     for name, tensor in own.items():
-        if not isinstance(saved, dict) or name not in saved:
-            raise ValueError(f"it has no {name}")
         if isinstance(tensor, dict):
             copy_into(tensor, saved[name])
         elif not isinstance(saved[name], torch.Tensor) or (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype):
