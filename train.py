@@ -239,8 +239,8 @@ class Run:
             self.network.to(memory_format=torch.channels_last)
         self.diffusion = make_diffusion(args).to(device)
         self.importance = ddpm.ImportanceSampler(args.timesteps).to(device)
-        self.weights = list(self.network.parameters())
         self.ema = copy.deepcopy(self.network)
+        self.weights, self.averages = list(self.network.parameters()), list(self.ema.parameters())
         self.optimizer = unet.Optimizer(self.network, args.lr, args.weight_decay, muon=args.optimizer == "muon")
         self.dtype = unet.pick_dtype(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -300,7 +300,7 @@ class Run:
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()
-        unet.update_ema(list(self.ema.parameters()), self.weights, self.args.ema, self.done)
+        unet.update_ema(self.averages, self.weights, self.args.ema, self.done)
         if self.args.loss == "vlb":
             everyone = torch.zeros_like(t, dtype=torch.float32)
             everyone[self.rank * len(losses):(self.rank + 1) * len(losses)] = losses
