@@ -97,9 +97,9 @@ class GaussianDiffusion(nn.Module):
         t, noise = self.times(t, x_prev), self.normal_eps(x_prev, noise)
         return at(self.alpha, t).sqrt() * x_prev + at(self.beta, t).sqrt() * noise
 
-    def q_sample(self, x_0, t, noise=None):
+    def q_sample(self, x_0, t, noise=None, generator=None):
         """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), in one go (Eq. 4)."""
-        t, noise = self.times(t, x_0), self.normal_eps(x_0, noise)
+        t, noise = self.times(t, x_0), self.normal_eps(x_0, noise, generator)
         return at(self.alpha_bar, t).sqrt() * x_0 + at(self.one_minus_alpha_bar, t).sqrt() * noise
 
     def q_posterior(self, x_0, x_t, t):
@@ -250,10 +250,9 @@ class GaussianDiffusion(nn.Module):
         Returns a dict of float32: total (B,); prior (B,) = L_T; terms (B, T), column t-1 being L_{t-1} (L_0 first), each
         estimated with one draw of x_t. Section 4.3 calls L_0 distortion, and all the rest, L_T included, rate.
         """
-        draws = (self.normal_eps(x_0, generator=generator) for _ in range(self.timesteps))
-        terms = [self.vlb_terms(model, x_0, self.q_sample(x_0, t, noise), t, clip) for t, noise in enumerate(draws, start=1)]
-        terms = torch.stack(terms, dim=1)
-        prior = self.prior_bits(x_0)
+        times = range(1, self.timesteps + 1)
+        terms = [self.vlb_terms(model, x_0, self.q_sample(x_0, t, generator=generator), t, clip) for t in times]
+        terms, prior = torch.stack(terms, dim=1), self.prior_bits(x_0)
         return {"total": prior + terms.sum(1), "prior": prior, "terms": terms}
 
     def prior_bits(self, x_0):
@@ -299,7 +298,7 @@ class GaussianDiffusion(nn.Module):
 
         Weight 0 is x_0, 1 is x_0_prime. x_t ~ q(x_t | x_0) and x_t' are drawn once each, and every step's z serves all.
         """
-        x_t, x_t_prime = (self.q_sample(x[None], t, self.normal_eps(x[None], generator=generator)) for x in (x_0, x_0_prime))
+        x_t, x_t_prime = (self.q_sample(x[None], t, generator=generator) for x in (x_0, x_0_prime))
         weights = torch.as_tensor(weights, dtype=torch.float32, device=x_0.device)[:, None, None, None]
         x = (1 - weights) * x_t + weights * x_t_prime
         for s in range(t, 0, -1):
