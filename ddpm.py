@@ -282,13 +282,13 @@ class GaussianDiffusion(nn.Module):
         Phi(a)) is taken on the side where both are small, so the tails are exact and need no floor. In float64 on the CPU.
         """
         x, mean, sigma = x_0.cpu().double(), mean.cpu().double(), variance.cpu().double().sqrt()
-        lower, upper = (x - 1 / 255 - mean) / sigma, (x + 1 / 255 - mean) / sigma
+        lower = torch.where(x < -0.999, -torch.inf, (x - 1 / 255 - mean) / sigma)
+        upper = torch.where(x > 0.999, torch.inf, (x + 1 / 255 - mean) / sigma)
         mirrored = lower + upper > 0
         a, b = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
         log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
         inside = log_b + torch.log(-torch.expm1((log_a - log_b).clamp(max=-1e-15)))
-        lowest, highest = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
-        return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside)).to(x_0.dtype).to(x_0.device)
+        return inside.to(x_0.dtype).to(x_0.device)
 
     # -------------------------------------------------------------------------------------------- Section 4.4: interpolation
 
