@@ -465,15 +465,13 @@ def load_checkpoint(path, device, classifier=False):
             raise ValueError("no flags give its settings")
         with torch.device("meta"):                   # takes no memory, whatever the settings ask for
             network = make_network(args, (C, H, W), classes)
-        copy_into(network.state_dict(), checkpoint["ema"])                   # on "meta" nothing is copied, only checked
-        if sum(w.nbytes for w in checkpoint["ema"].values()) > os.path.getsize(path):
+        if sum(w.nbytes for w in network.state_dict().values()) > os.path.getsize(path):
             raise ValueError("its weights are larger than itself")
+        copy_into(network.to_empty(device="cpu").state_dict(), checkpoint["ema"])
     if args.classifier != classifier:
         raise ValueError(f"{path} holds a {'classifier, and no ddpm' if args.classifier else 'ddpm, and no classifier'}: see "
                          "train.py --classifier")
-    network = network.to_empty(device=device).eval().requires_grad_(False)
-    copy_into(network.state_dict(), checkpoint["ema"])
-    return network, make_diffusion(args).to(device), checkpoint
+    return network.to(device).eval().requires_grad_(False), make_diffusion(args).to(device), checkpoint
 
 
 def settings_of(args):
