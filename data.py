@@ -67,6 +67,10 @@ LARGEST = 2**31                   # bytes: no file that unpacks to more is read
 IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
+class WrongChoice(ValueError):
+    """What a person chose by name or flag and cannot have; the scripts end with exit code 2, not 1."""
+
+
 # ---------------------------------------------------------------------------------------------------------------- pixels
 
 
@@ -92,31 +96,45 @@ def load_dataset(name, split="train", root="data"):
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
-    if str(name).endswith(".npy"):
+    dataset = known(name)
+    if dataset is None:
         return load_npy(Path(name), split)
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}: use {', '.join(DATASETS)}, or the path of a FILE.npy")
     if name == "cifar10":
-        images, labels = find(name, *DATASETS[name].files[split][0], root, lambda path, md5: read_cifar10(path, split, md5))
+        images, labels = find(name, *dataset.files[split][0], root, lambda path, md5: read_cifar10(path, split, md5))
     else:
-        images, labels = (find(name, *file, root, read_idx) for file in DATASETS[name].files[split])
+        images, labels = (find(name, *file, root, read_idx) for file in dataset.files[split])
         images = images[:, None]
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
-def class_names(name, labels):
-    """What the labels 0, 1, ... of a data set are called: a FILE.npy's "0", "1", ..., as far as its `labels` (N,) go."""
-    return DATASETS[name].classes if name in DATASETS else tuple(str(k) for k in range(int(labels.max()) + 1))
+def known(name):
+    """The Dataset of that name; None for the path of a FILE.npy; else WrongChoice."""
+    if name not in DATASETS and not str(name).endswith(".npy"):
+        raise WrongChoice(f"unknown data set {name!r}: use {', '.join(DATASETS)}, or the path of a FILE.npy")
+    return DATASETS.get(name)
+
+
+def load_chosen(name, only=None, split="train", root="data"):
+    """load_dataset's images and labels, those of the class `only` if it is not None, and the names of all classes."""
+    images, labels = load_dataset(name, split, root)
+    dataset = known(name)
+    classes = dataset.classes if dataset else tuple(str(k) for k in range(int(labels.max()) + 1))
+    if only is not None:
+        chosen = labels == find_label(only, classes)
+        if not chosen.any():
+            raise ValueError(f"{name} ({split}) has no image of {only!r}")
+        images, labels = images[chosen], labels[chosen]
+    return images, labels, classes
 
 
 def find_label(text, classes):
-    """The index of a class given by its name, in any case, or by its index. ValueError lists the classes."""
+    """The index of a class given by its name, in any case, or by its index. WrongChoice lists them."""
     names = [name.lower() for name in classes]
     if text.lower() in names:
         return names.index(text.lower())
     if text.isdecimal() and int(text) < len(classes):
         return int(text)
-    raise ValueError(f"no label {text!r}: use an index 0..{len(classes) - 1} or one of {', '.join(classes[:100])}")
+    raise WrongChoice(f"no label {text!r}: use an index 0..{len(classes) - 1} or one of {', '.join(classes[:100])}")
 
 
 def read_at_most(file, size):
@@ -126,6 +144,18 @@ def read_at_most(file, size):
         pieces.append(piece)
         size -= len(piece)
     return b"".join(pieces)
+
+
+@contextlib.contextmanager
+def damaged(said):
+    """Whatever goes wrong inside, but for what the disk does, is a ValueError: `said` and, in one line, why."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001       numpy's and torch's readers fail in a dozen ways on a hostile file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{said} ({reason[:200]})") from None
 
 
 @contextlib.contextmanager
@@ -223,15 +253,10 @@ def load_npy(path, split):
 
 def read_npy(path):
     """An .npy array, never unpickled; mapped into memory, so that its header cannot ask for more than the file holds."""
-    try:
+    with damaged(f"{path} is no readable .npy file"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.memmap) or array.offset + array.nbytes != os.path.getsize(path):
             raise ValueError("not one array of the file's length")
-    except OSError:
-        raise
-    except Exception as error:  # noqa: BLE001       numpy's header parser raises a dozen kinds
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ValueError(f"{path} is no readable .npy file: {reason}") from None
     return np.asarray(array)
 
 
@@ -331,6 +356,17 @@ def atomic(path):
             os.unlink(part)
 
 
+def keep_older(path):
+    """Give the file that a new one would replace another name: ddpm.1.pt, ddpm.2.pt, ..."""
+    stem, suffix = os.path.splitext(path)
+    kept = next(name for k in range(1, 10**6) if not os.path.exists(name := f"{stem}.{k}{suffix}"))
+    try:
+        os.link(os.path.realpath(path), kept)        # two names for a moment: `path` is there all the time
+    except OSError:
+        shutil.copy2(path, kept)
+    say(f"{path} was there already and is now {kept}", done=True)
+
+
 def check_writable(path):
     """OSError now, rather than after hours of work, if `path` could not be written."""
     folder = os.path.dirname(os.path.realpath(path))
@@ -382,10 +418,10 @@ def save_movie(path, frames, columns=None, seconds=4.0, hold=2.0):
 
 
 def check_suffix(path, allowed):
-    """The suffix of a file's name, in small letters; ValueError unless it is one of `allowed`."""
+    """The suffix of a file's name, in small letters; WrongChoice unless it is one of `allowed`."""
     suffix = Path(path).suffix.lower()
     if suffix not in allowed:
-        raise ValueError(f"{path}: the file name must end in {' or '.join(allowed)}")
+        raise WrongChoice(f"{path}: the file name must end in {' or '.join(allowed)}")
     return suffix
 
 

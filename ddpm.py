@@ -97,9 +97,9 @@ class GaussianDiffusion(nn.Module):
         t, noise = self.times(t, x_prev), self.normal_eps(x_prev, noise)
         return at(self.alpha, t).sqrt() * x_prev + at(self.beta, t).sqrt() * noise
 
-    def q_sample(self, x_0, t, noise=None):
+    def q_sample(self, x_0, t, noise=None, generator=None):
         """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), in one go (Eq. 4)."""
-        t, noise = self.times(t, x_0), self.normal_eps(x_0, noise)
+        t, noise = self.times(t, x_0), self.normal_eps(x_0, noise, generator)
         return at(self.alpha_bar, t).sqrt() * x_0 + at(self.one_minus_alpha_bar, t).sqrt() * noise
 
     def q_posterior(self, x_0, x_t, t):
@@ -126,16 +126,15 @@ class GaussianDiffusion(nn.Module):
         return torch.randint(1, self.timesteps + 1, (len(x_0),), device=x_0.device) if t is None else self.times(t, x_0)
 
     def normal_eps(self, x, noise=None, generator=None):
-        """eps ~ N(0, I) of x's shape, unless `noise` is given."""
-        return randn(x.shape, x.device, generator) if noise is None else noise
+        """eps ~ N(0, I) of x's shape, unless `noise` is given. The generator may live on the CPU though x does not."""
+        if noise is not None:
+            return noise.to(x.device)
+        return torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device).to(x.device)
 
     def distance(self, output, x_0, x_t, t, eps):
         """How far the model's output (B, ...) is from what it should be -> (B,): the paper's L_simple, or what `loss` says."""
-        if self.loss == "vlb":
-            return self.l_vlb(output, x_0, x_t, t)
-        if self.loss == "hybrid":
-            return self.l_hybrid(output, x_0, x_t, t, eps)
-        return self.l_simple(output, x_0, x_t, t, eps)
+        loss = {"vlb": self.l_vlb, "hybrid": self.l_hybrid}.get(self.loss, self.l_simple)
+        return loss(output, x_0, x_t, t, eps)
 
     def l_simple(self, output, x_0, x_t, t, eps):
         """Eq. 14, (B,); a mean over the pixels rather than a sum, so that it reads the same at every image size."""
@@ -238,7 +237,7 @@ class GaussianDiffusion(nn.Module):
     def begin(self, shape, x_T, generator, on_step):
         """What samplers start from: x_T, drawn unless given, and on_step, a no-op unless given, told of x_T."""
         on_step = on_step or (lambda t, x_t, x_0: None)
-        x_T = randn(shape, self.beta.device, generator) if x_T is None else x_T.to(self.beta.device)
+        x_T = self.normal_eps(self.beta.new_empty(shape), x_T, generator)
         on_step(self.timesteps, x_T, None)
         return x_T, on_step
 
@@ -251,10 +250,9 @@ class GaussianDiffusion(nn.Module):
         Returns a dict of float32: total (B,); prior (B,) = L_T; terms (B, T), column t-1 being L_{t-1} (L_0 first), each
         estimated with one draw of x_t. Section 4.3 calls L_0 distortion, and all the rest, L_T included, rate.
         """
-        draws = (self.normal_eps(x_0, generator=generator) for _ in range(self.timesteps))
-        terms = [self.vlb_terms(model, x_0, self.q_sample(x_0, t, noise), t, clip) for t, noise in enumerate(draws, start=1)]
-        terms = torch.stack(terms, dim=1)
-        prior = self.prior_bits(x_0)
+        times = range(1, self.timesteps + 1)
+        terms = [self.vlb_terms(model, x_0, self.q_sample(x_0, t, generator=generator), t, clip) for t in times]
+        terms, prior = torch.stack(terms, dim=1), self.prior_bits(x_0)
         return {"total": prior + terms.sum(1), "prior": prior, "terms": terms}
 
     def prior_bits(self, x_0):
@@ -284,13 +282,13 @@ class GaussianDiffusion(nn.Module):
         Phi(a)) is taken on the side where both are small, so the tails are exact and need no floor. In float64 on the CPU.
         """
         x, mean, sigma = x_0.cpu().double(), mean.cpu().double(), variance.cpu().double().sqrt()
-        lower, upper = (x - 1 / 255 - mean) / sigma, (x + 1 / 255 - mean) / sigma
+        lower = torch.where(x < -0.999, -torch.inf, (x - 1 / 255 - mean) / sigma)
+        upper = torch.where(x > 0.999, torch.inf, (x + 1 / 255 - mean) / sigma)
         mirrored = lower + upper > 0
         a, b = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
         log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
         inside = log_b + torch.log(-torch.expm1((log_a - log_b).clamp(max=-1e-15)))
-        lowest, highest = torch.special.log_ndtr(upper), torch.special.log_ndtr(-lower)
-        return torch.where(x < -0.999, lowest, torch.where(x > 0.999, highest, inside)).to(x_0.dtype).to(x_0.device)
+        return inside.to(x_0.dtype).to(x_0.device)
 
     # -------------------------------------------------------------------------------------------- Section 4.4: interpolation
 
@@ -300,7 +298,7 @@ class GaussianDiffusion(nn.Module):
 
         Weight 0 is x_0, 1 is x_0_prime. x_t ~ q(x_t | x_0) and x_t' are drawn once each, and every step's z serves all.
         """
-        x_t, x_t_prime = (self.q_sample(x[None], t, self.normal_eps(x[None], generator=generator)) for x in (x_0, x_0_prime))
+        x_t, x_t_prime = (self.q_sample(x[None], t, generator=generator) for x in (x_0, x_0_prime))
         weights = torch.as_tensor(weights, dtype=torch.float32, device=x_0.device)[:, None, None, None]
         x = (1 - weights) * x_t + weights * x_t_prime
         for s in range(t, 0, -1):
@@ -309,15 +307,15 @@ class GaussianDiffusion(nn.Module):
 
     # ------------------------------------------------------- Nichol & Dhariwal 2021, "Improved DDPM": losses with a variance
 
-    def l_vlb(self, output, x_0, x_t, t):
-        """T L_{t-1} in bits per dimension (B,), so that its mean over t is the bound without L_T."""
+    def l_vlb(self, output, x_0, x_t, t, eps):
+        """T L_{t-1} in bits per dimension (B,), so that its mean over t is the bound without L_T; eps is in x_t already."""
         return self.timesteps * self.vlb_terms(answered(output), x_0, x_t, t, clip=False)
 
     def l_hybrid(self, output, x_0, x_t, t, eps):
         """L_simple + 0.001 L_vlb (iDDPM Eq. 16), (B,); L_vlb teaches the variance alone, its mean being held fixed."""
         prediction, channels = self.split(output, x_t)
         held = torch.cat([prediction.detach(), channels], dim=1)
-        return self.l_simple(output, x_0, x_t, t, eps) + 0.001 * self.l_vlb(held, x_0, x_t, t)
+        return self.l_simple(output, x_0, x_t, t, eps) + 0.001 * self.l_vlb(held, x_0, x_t, t, eps)
 
     # ------------------------------------------ Song, Meng, Ermon 2020, "Denoising Diffusion Implicit Models": fewer steps
 
@@ -355,10 +353,10 @@ class GaussianDiffusion(nn.Module):
         """
         x_s, times = x_0, self.walk(steps)[::-1]
         for s, t in itertools.pairwise(times):
-            alpha_bar_s, alpha_bar_t = self.exact_alpha_bar[[s, t]].tolist()
+            alpha_bar_s = float(self.exact_alpha_bar[s])
             eps, _ = self.predict(model, x_s, t, clip=False)
             x_0 = (x_s - math.sqrt(1 - alpha_bar_s) * eps) / math.sqrt(alpha_bar_s)
-            x_s = math.sqrt(alpha_bar_t) * x_0 + math.sqrt(1 - alpha_bar_t) * eps
+            x_s = self.q_sample(x_0, t, eps)
         return x_s
 
 
@@ -376,9 +374,9 @@ def respace(diffusion, model, steps):
     """A chain of `steps` steps and a model for it: Algorithm 2, the bound and all else on a subsequence of the T times.
 
     The new chain has the old alpha_bar at those times, hence betas of 1 - alpha_bar_t / alpha_bar_s for a stride t -> s,
-    never beta_t; the network still sees the old t. eps, x0, v and "learned_range" mean the same in both chains. The "mean"
-    and the "learned" variance belong to the old, shorter step: the mean is said again through x_0, and the variance keeps
-    its ratio to beta-tilde.
+    never beta_t; the network still sees the old t. What it predicts is said again, through eps and x_0, in the new chain's
+    terms: only the "mean" belongs to the old, shorter step and changes. So does the "learned" variance, which keeps its
+    ratio to beta-tilde; "learned_range" means the same in both.
     """
     times = torch.tensor(diffusion.walk(steps)[::-1])
     if steps == diffusion.timesteps:
@@ -393,13 +391,11 @@ def respace(diffusion, model, steps):
     def strided_model(x_t, k):
         t = times[k]
         output = model(x_t, t)
-        prediction, channels = diffusion.split(output, x_t)
-        if diffusion.prediction == "mean":
-            eps, x_0 = diffusion.predict(answered(output), x_t, t, clip=False)
-            prediction = short.target(x_0, x_t, k, eps)
+        eps, x_0 = diffusion.predict(answered(output), x_t, t, clip=False)
+        channels = output[:, x_t.shape[1]:]                  # none at all if sigma_t is fixed
         if diffusion.variance == "learned":
             channels = channels - at(diffusion.log_posterior_variance, t) + at(short.log_posterior_variance, k)
-        return prediction if channels is None else torch.cat([prediction, channels], dim=1)
+        return torch.cat([short.target(x_0, x_t, k, eps), channels], dim=1)
 
     return short, strided_model
 
@@ -413,13 +409,12 @@ class ImportanceSampler(nn.Module):
 
     def __init__(self, timesteps, history=10):
         super().__init__()
-        self.register_buffer("losses", torch.zeros(timesteps, history))
-        self.register_buffer("seen", torch.zeros(timesteps, dtype=torch.int64))
+        self.register_buffer("losses", torch.full((timesteps, history), -1.0))           # newest first; -1: none yet
 
     def probabilities(self):
         """p_t for t = 1 .. T, (T,), summing to 1."""
-        T, history = self.losses.shape
-        if bool((self.seen < history).any()):
+        T = len(self.losses)
+        if bool((self.losses < 0).any()):
             return torch.full_like(self.losses[:, 0], 1 / T)
         p = self.losses.square().mean(1).sqrt()
         return 0.999 * p / p.sum().clamp(min=1e-30) + 0.001 / T
@@ -433,9 +428,8 @@ class ImportanceSampler(nn.Module):
     def update(self, t, losses):
         """Remember losses (n,) seen at t (n,), each in place of the oldest; those that are not finite are passed over."""
         finite = torch.isfinite(losses)
-        for k, loss in zip((t[finite] - 1).tolist(), losses[finite].detach()):
-            self.losses[k, self.seen[k] % self.losses.shape[1]] = loss
-            self.seen[k] += 1
+        for k, loss in zip((t[finite] - 1).tolist(), losses[finite].detach().clamp(min=0)):      # a KL may round to below 0
+            self.losses[k] = torch.cat([loss[None], self.losses[k, :-1]])
 
 
 # Guidance: models around models -----------------------------------------------------------------------------------------
@@ -508,8 +502,3 @@ def answered(output):
 def at(coefficients, t):
     """The entries for t (B,) of a table (T+1,), as (B, 1, 1, 1): ready to multiply images."""
     return coefficients[t][:, None, None, None]
-
-
-def randn(shape, device, generator=None):
-    """Standard normal noise; from `generator` if there is one, which may live on the CPU though `device` is another."""
-    return torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)

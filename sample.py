@@ -17,53 +17,40 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
+import train
+import unet
 from ddpm import classifier_free_guidance, classifier_guidance, respace
-from train import (
-    NOT_NEGATIVE,
-    SEED,
-    Parser,
-    WrongFlag,
-    count,
-    guarded,
-    load_checkpoint,
-    load_like,
-    number,
-    pick_device,
-    pick_dtype,
-    ranks,
-)
 
 PICTURES = ("trajectory", "movie", "nearest", "forward", "reconstruct", "interpolate")      # flags that name a file to draw
 
 
 def parse_args(argv=None):
-    """The settings, checked as far as they can be without the checkpoint; WrongFlag says what is wrong."""
-    parser = Parser(__doc__)
+    """The settings, checked as far as they can be without the checkpoint; data.WrongChoice says what is wrong."""
+    parser = train.Parser(__doc__)
     flag = parser.section("what to draw")
     flag("--checkpoint", "ddpm.pt", "made by train.py", metavar="FILE.pt")
-    flag("--n", 64, "number of images", type=count())
+    flag("--n", 64, "number of images", type=train.count())
     flag("--label", None, "class to draw, by name or index (default: image i gets class i modulo their number)")
-    flag("--guidance", None, "0: unconditional, 1: conditional, above: more so (default: 1)", type=NOT_NEGATIVE)
+    flag("--guidance", None, "0: unconditional, 1: conditional, above: more so (default: 1)", type=train.NOT_NEGATIVE)
     flag("--classifier", None, "guide by this classifier (train.py --classifier) rather than by the network itself",
          metavar="FILE.pt")
-    flag("--seed", 0, "same seed, device and batch size: same images, for any number of processes", type=SEED)
+    flag("--seed", 0, "same seed, device and batch size: same images, for any number of processes", type=train.SEED)
 
     flag = parser.section("how")
     flag("--sampler", "ddpm", "ddpm: the paper's Algorithm 2, on a subsequence if --steps is below T; ddim: Song et al.",
          choices=("ddpm", "ddim"))
-    flag("--steps", None, "calls of the network per image (default: T for ddpm, 50 for ddim)", type=count())
+    flag("--steps", None, "calls of the network per image (default: T for ddpm, 50 for ddim)", type=train.count())
     flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)",
-         type=number(float, "from 0 to 1", lambda x: 0 <= x <= 1))
-    flag("--batch-size", 256, "images at a time", type=count())
-    flag("--precision", "auto", "as in train.py; auto asks what this machine does fast",
-         choices=("auto", "fp32", "bf16", "fp16"))
-    flag("--compile", False, "torch.compile the network", action="store_true")
+         type=train.number(float, "from 0 to 1", lambda x: 0 <= x <= 1))
+    flag("--batch-size", 256, "images at a time", type=train.count())
+    flag("--precision", "auto", "as in train.py; auto asks what this machine does fast", choices=("auto", "fp32", "bf16", "fp16"))
+    flag("--compile", False, "torch.compile the network")
     flag("--device", None, "cpu, cuda, cuda:1, mps; default: the best there is")
 
     flag = parser.section("output")
     flag("--out", None, ".pgm, .ppm or .png: a grid; .npy: uint8 (N, C, H, W), with labels beside it if there are any "
          "(default: samples.pgm, or .ppm in colour)", metavar="FILE")
-    flag("--columns", None, "of the grid (default: as many as rows; with classes, one each)", type=count())
+    flag("--columns", None, "of the grid (default: as many as rows; with classes, one each)", type=train.count())
     flag("--trajectory", None, "also a film strip of 8 images from x_T to x_0, each above its predicted x_0 (Figure 6)",
          metavar="FILE")
     flag("--movie", None, "also the reverse process as an animated PNG", metavar="FILE.png")
@@ -83,13 +70,10 @@ def parse_args(argv=None):
         parser.error("--eta belongs to --sampler ddim; ddpm's noise was chosen in training (--variance)")
     if args.score and args.n < 2:
         parser.error("--score needs at least 2 images, and means little below 1000")
-    try:
-        for name in ("out", *PICTURES):
-            if getattr(args, name):
-                allowed = {"out": (".pgm", ".ppm", ".png", ".npy"), "movie": (".png",)}.get(name, (".pgm", ".ppm", ".png"))
-                data.check_suffix(getattr(args, name), allowed)
-    except ValueError as error:
-        parser.error(str(error))
+    for name in ("out", *PICTURES):
+        if getattr(args, name):
+            allowed = {"out": (".pgm", ".ppm", ".png", ".npy"), "movie": (".png",)}.get(name, (".pgm", ".ppm", ".png"))
+            data.check_suffix(getattr(args, name), allowed)
     return args
 
 
@@ -100,8 +84,8 @@ def check_files(args, colour):
         args.out = "samples.ppm" if colour else "samples.pgm"
     for path in filter(None, (args.out, *(getattr(args, name) for name in PICTURES))):
         if colour and Path(path).suffix.lower() == ".pgm":
-            raise WrongFlag(f"{path}: a .pgm is grey, and {args.checkpoint} draws in colour; use .ppm or .png")
-        if ranks()[0] == 0:
+            raise data.WrongChoice(f"{path}: a .pgm is grey, and {args.checkpoint} draws in colour; use .ppm or .png")
+        if train.ranks()[0] == 0:
             data.check_writable(path)
 
 
@@ -128,7 +112,7 @@ def sampler(args, diffusion):
     T = diffusion.timesteps
     steps = args.steps or (T if args.sampler == "ddpm" else min(50, T))
     if steps > T:
-        raise WrongFlag(f"--steps {steps} is more than the {T} that {args.checkpoint} was trained with")
+        raise data.WrongChoice(f"--steps {steps} is more than the {T} that {args.checkpoint} was trained with")
     if args.sampler == "ddim":
         return functools.partial(diffusion.ddim_sample, steps=steps, eta=args.eta or 0.0), steps
 
@@ -141,24 +125,21 @@ def sampler(args, diffusion):
 
 def load_classifier(path, device, checkpoint):
     """A classifier for images like the checkpoint's, its diffusion, and the names of its classes."""
-    classifier, its_diffusion, other = load_checkpoint(path, device, "classifier")
+    classifier, its_diffusion, other = train.load_checkpoint(path, device, classifier=True)
     if other["shape"] != checkpoint["shape"]:
         raise ValueError(f"{path} was trained on images {other['shape']}, not {checkpoint['shape']}")
     return classifier, its_diffusion, other["classes"]
 
 
 def choose_labels(args, classes):
-    """The label of each image, (n,) int64, or None if there are no classes. WrongFlag for a label that cannot be."""
+    """The label of each image, (n,) int64, or None if there are no classes. data.WrongChoice for a label that cannot be."""
     if classes is None:
         if args.label is not None or args.guidance is not None:
-            raise WrongFlag(f"--label and --guidance need labels, and {args.checkpoint} was trained without: make one with "
+            raise data.WrongChoice(f"--label and --guidance need labels, and {args.checkpoint} was trained without: make one with "
                             "train.py --conditional, or name a --classifier")
         return None
     if args.label is not None:
-        try:
-            return torch.full((args.n,), data.find_label(args.label, classes))
-        except ValueError as error:
-            raise WrongFlag(f"--label: {error}") from None
+        return torch.full((args.n,), data.find_label(args.label, classes))
     return torch.arange(args.n) % len(classes)
 
 
@@ -184,7 +165,7 @@ def draw(args, network, classifier, diffusion, checkpoint, labels, device, on_st
 
     Batch k has random numbers of its own and is drawn whole by one process, so the images do not depend on their number.
     """
-    rank, world, _ = ranks()
+    rank, world, _ = train.ranks()
     sample, steps = sampler(args, diffusion)
     starts, own, began = range(0, args.n, args.batch_size), {}, time.monotonic()
     for k in range(rank, len(starts), world):
@@ -223,7 +204,7 @@ def draw(args, network, classifier, diffusion, checkpoint, labels, device, on_st
 
 def held_out(args, checkpoint, n, device):
     """The first n test images of the checkpoint's data set, in [-1, 1], and their labels."""
-    images, labels = load_like(checkpoint, "test", args.data_dir)
+    images, labels = train.load_like(checkpoint, "test", args.data_dir)
     if len(images) < n:
         raise ValueError(f"{checkpoint['settings']['dataset']} has {len(images)} test images, and this picture needs {n}")
     return data.to_model(images[:n]).to(device), labels[:n].to(device)
@@ -285,7 +266,7 @@ def draw_interpolation(args, network, diffusion, checkpoint, device):
 
 def draw_nearest(args, checkpoint, pixels):
     """--nearest: rows of a sample and the 5 training images at the smallest root mean square distance from it."""
-    images, _ = load_like(checkpoint, "train", args.data_dir)
+    images, _ = train.load_like(checkpoint, "train", args.data_dir)
     chosen = pixels[:10]
     distances = torch.cdist(chosen.flatten(1).float(), images.flatten(1).float()) / math.sqrt(images[0].numel())
     near, index = distances.topk(min(5, len(images)), largest=False)
@@ -310,10 +291,10 @@ def score(args, classifier, checkpoint, pixels, labels, device):
         features = torch.cat([classifier.features(x, torch.zeros(len(x), dtype=torch.int64, device=device)) for x in parts])
         return features.cpu(), classifier.head(features).argmax(1).cpu()
 
-    train, test = (load_like(checkpoint, split, args.data_dir)[0] for split in ("train", "test"))
-    if len(train) < 2 or len(test) < 2:
+    known, test = (train.load_like(checkpoint, split, args.data_dir)[0] for split in ("train", "test"))
+    if len(known) < 2 or len(test) < 2:
         raise ValueError("--score needs at least 2 training and 2 test images")
-    real = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:len(pixels)]]
+    real = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[:len(pixels)]]
     (f, guess), (g, _), (r, _) = seen(pixels), seen(test), seen(real)
     counts = torch.bincount(guess, minlength=len(checkpoint["classes"])).tolist()
     print(f"Frechet distance {frechet_distance(f, g):.3f} in {args.score}'s features ({len(pixels)} training images: "
@@ -324,9 +305,9 @@ def score(args, classifier, checkpoint, pixels, labels, device):
 def main(argv=None):
     """Load, draw, write."""
     args = parse_args(argv)
-    rank, world, _ = ranks()
-    device = pick_device(args.device)
-    network, diffusion, checkpoint = load_checkpoint(args.checkpoint, device)
+    rank, world, _ = train.ranks()
+    device = train.pick_device(args.device)
+    network, diffusion, checkpoint = train.load_checkpoint(args.checkpoint, device)
     check_files(args, checkpoint["shape"][0] == 3)
     classes, classifier, judge = checkpoint["classes"] if network.num_classes else None, None, None
     if args.classifier:
@@ -345,7 +326,7 @@ def main(argv=None):
     if rank == 0:
         draw_others(args, network, diffusion, checkpoint, device)
     if args.out:
-        film, dtype = Recorder(steps), pick_dtype(args.precision, device)
+        film, dtype = Recorder(steps), unet.pick_dtype(args.precision, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             pixels = draw(args, network, classifier, diffusion, checkpoint, labels, device, film)
         if rank == 0:
@@ -395,4 +376,4 @@ def write(args, classes, pixels, labels, frames):
 
 
 if __name__ == "__main__":
-    guarded(main)
+    train.guarded(main)

@@ -1392,10 +1392,9 @@ class Commands(InTemporaryFolder):
         for part in ("ema", "model"):
             for name in a[part]:
                 self.assertTrue(torch.equal(a[part][name], b[part][name]), name)
-        for one, other in zip(a["optimizers"], b["optimizers"], strict=True):
-            for k, moments in one.items():
-                for name, value in moments.items():
-                    self.assertTrue(torch.equal(value, other[k][name]), name)
+        for k, moments in a["optimizer"].items():
+            for name, value in moments.items():
+                self.assertTrue(torch.equal(value, b["optimizer"][k][name]), name)
         self.assertTrue(torch.equal(a["rng"]["cpu"], b["rng"]["cpu"]))
 
     # -- train, then sample
@@ -1403,7 +1402,7 @@ class Commands(InTemporaryFolder):
     def test_two_commands_make_a_picture(self):
         said = self.trained()
         self.assertRegex(said, r"60 images 1x8x8, [\d,]+ parameters")
-        self.assertRegex(said, r"step 6/6  loss \d+\.\d+  \d+ images/s  0:00 left\n")
+        self.assertRegex(said, r"step 6/6  loss \d+\.\d+  \d+ images/s  0:00:00 left\n")
         self.assertRegex(said, r"48 images, in .*Next: python sample.py")
         out = self.folder / "s.pgm"
         self.assertRegex(self.sampled("--n", "5", "--out", out), r"(?s)network evaluations/s.*wrote .*s\.pgm; --out samples\.png")
@@ -1527,7 +1526,7 @@ class Commands(InTemporaryFolder):
     def test_orthogonal_keeps_a_matrixs_directions_and_makes_its_singular_values_alike(self):
         G = noise(32, 288) @ torch.diag(torch.linspace(0.2, 3, 288))
         U, before, V = np.linalg.svd(G.double().numpy(), full_matrices=False)
-        after = U.T @ train.orthogonal(G).double().numpy() @ V.T
+        after = U.T @ unet.orthogonal(G).double().numpy() @ V.T
         self.assertGreater(before[0] / before[-1], 1.5)
         self.assertTrue((0.6 < np.diag(after)).all() and (np.diag(after) < 1.25).all(), np.diag(after))
         self.assertLess(np.abs(after - np.diag(np.diag(after))).max(), 1e-4)
@@ -1535,14 +1534,17 @@ class Commands(InTemporaryFolder):
     def test_muon_moves_convolutions_by_orthogonal_matrices_the_size_of_an_adam_step(self):
         network = unet.UNet(channels=8, multipliers=(1, 2))
         names = {id(w): name for name, w in network.named_parameters()}
-        adam, muon = train.make_optimizers(network, train.parse_args([]))
-        moved = [w for optimizer in (adam, muon) for group in optimizer.param_groups for w in group["params"]]
-        self.assertEqual(sorted(names[id(w)] for w in moved), sorted(names.values()))                # each weight by one of them
-        for w in muon.param_groups[0]["params"]:
+        optimizer = unet.Optimizer(network, 0.01)
+        before = {name: w.detach().clone() for name, w in network.named_parameters()}
+        for w in network.parameters():
             w.grad = noise(*w.shape)
-        before = [w.detach().clone() for w in muon.param_groups[0]["params"]]
-        muon.step()
-        for w, old in zip(muon.param_groups[0]["params"], before, strict=True):
+        optimizer.step()
+        by_adam = [w for w in network.parameters() if all(w is not v for v in optimizer.convolutions)]
+        self.assertTrue(by_adam and optimizer.convolutions)
+        for w in by_adam:                                                   # Adam's first step is the gradient's sign
+            torch.testing.assert_close((before[names[id(w)]] - w).abs(), torch.full_like(w, 0.01), rtol=1e-2, atol=1e-4)
+        for w in optimizer.convolutions:
+            old = before[names[id(w)]]
             self.assertEqual(w.ndim, 4)
             sizes = np.linalg.svd((w - old).detach().flatten(1).numpy(), compute_uv=False) / (0.01 * 0.2 * max(len(w), w[0].numel()) ** 0.5)
             self.assertTrue((0.5 < sizes).all() and (sizes < 1.3).all(), (names[id(w)], sizes))
@@ -1716,7 +1718,7 @@ class Commands(InTemporaryFolder):
         views = {k: torch.zeros(()).expand(w.shape) for k, w in good["ema"].items()}       # one number seen as many
         torch.save({k: good[k] for k in ("format", "settings", "shape", "classes", "step")} | {"ema": views}, self.pt)
         self.refused(sample, "larger than itself", "--checkpoint", self.pt)
-        for field, value in (("rng", {}), ("optimizers", [{}]), ("optimizers", [{0: {}}, {0: {}}]), ("optimizers", [{}, {}]), ("model", {})):
+        for field, value in (("rng", {}), ("optimizer", []), ("optimizer", {0: {}}), ("optimizer", {}), ("model", {})):
             torch.save({**good, field: value}, self.pt)
             self.refused(train, "damaged", "--dataset", self.npy, *SMALL, "--out", self.pt, "--steps", "9", "--resume")
 

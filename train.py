@@ -8,13 +8,13 @@ It writes ddpm.pt, which sample.py draws from and `train.py --evaluate ddpm.pt` 
 """
 import argparse
 import contextlib
+import copy
 import datetime
 import functools
 import io
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -27,15 +27,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from ddpm import (
-    CHOICES,
-    GaussianDiffusion,
-    ImportanceSampler,
-    answered,
-    cosine_beta_schedule,
-    linear_beta_schedule,
-)
-from unet import NoisyClassifier, UNet
+import ddpm
+import unet
 
 FORMAT = "ddpm checkpoint 2"
 FREE = {"steps", "compile", "device", "data_dir", "out", "save_every", "resume", "evaluate", "exact"}    # may change on --resume
@@ -44,7 +37,7 @@ FREE = {"steps", "compile", "device", "data_dir", "out", "save_every", "resume",
 
 
 def parse_args(argv=None):
-    """The settings, checked; WrongFlag says what is wrong."""
+    """The settings, checked; data.WrongChoice says what is wrong."""
     parser = Parser(__doc__)
     flag = parser.section("data")
     flag("--dataset", "fashion-mnist", "fashion-mnist, mnist, cifar10, or a FILE.npy of uint8 images")
@@ -54,7 +47,7 @@ def parse_args(argv=None):
          "most shoes face one way)", action=argparse.BooleanOptionalAction)
 
     flag = parser.section("diffusion")
-    flag("--timesteps", 1000, "T, the number of steps from image to noise (the paper: 1000)", type=count(10**6))
+    flag("--timesteps", 1000, "T, the number of steps from image to noise (the paper: 1000)", type=count(1, 10**6))
     flag("--schedule", None, "of beta_t: iDDPM's cosine, or linear, the paper's (default: cosine, which took 12 to 26 per cent "
          "off the Frechet distance after 2000 steps; linear if --beta-start or --beta-end is given)",
          choices=("cosine", "linear"))
@@ -62,25 +55,24 @@ def parse_args(argv=None):
     flag("--beta-end", None, "beta_T of the linear schedule (default: 0.02, the paper's)", type=float)
     flag("--beta-min", 0.0, "clip the cosine schedule's betas from below", type=FRACTION)
     flag("--beta-max", 0.999, "and from above", type=POSITIVE)
-    flag("--prediction", "eps", "what the network predicts (the paper: eps)", choices=CHOICES["prediction"])
-    flag("--variance", "beta", "sigma_t^2 of the reverse process; learned_range is iDDPM's", choices=CHOICES["variance"])
-    flag("--loss", "mse", "mse is the paper's L_simple; vlb draws t by its loss (iDDPM Eq. 18)", choices=CHOICES["loss"])
+    flag("--prediction", "eps", "what the network predicts (the paper: eps)", choices=ddpm.CHOICES["prediction"])
+    flag("--variance", "beta", "sigma_t^2 of the reverse process; learned_range is iDDPM's", choices=ddpm.CHOICES["variance"])
+    flag("--loss", "mse", "mse is the paper's L_simple; vlb draws t by its loss (iDDPM Eq. 18)", choices=ddpm.CHOICES["loss"])
 
     flag = parser.section("network")
-    flag("--channels", 32, "of the largest feature map (the paper: 128)", type=count(2**14))
+    flag("--channels", 32, "of the largest feature map (the paper: 128)", type=count(1, 2**14))
     flag("--multipliers", "1,2", "channels of each resolution, times --channels (the paper: 1,2,2,2)", type=numbers)
-    flag("--blocks", 1, "residual blocks per resolution (the paper: 2)", type=count(64))
+    flag("--blocks", 1, "residual blocks per resolution (the paper: 2)", type=count(1, 64))
     flag("--attention", "", "sizes of the feature maps that get attention, e.g. 7,14; the middle always does (the paper: 16)",
          type=numbers)
     flag("--heads", 1, "of the attention", type=count())
     flag("--dropout", 0.0, "in the residual blocks (the paper: 0.1 on CIFAR-10)", type=FRACTION)
-    flag("--patch", 2, "pixels gathered into one along each side (the paper: 1)", type=count(64))
+    flag("--patch", 2, "pixels gathered into one along each side (the paper: 1)", type=count(1, 64))
     flag("--block", "resnet", "kind of residual block", choices=("resnet", "convnext"))
     flag("--embedding", "add", "how a block is told t", choices=("add", "scale-shift"))
-    flag("--conditional", False, "learn the labels too, for --label and --guidance of sample.py", action="store_true")
+    flag("--conditional", False, "learn the labels too, for --label and --guidance of sample.py")
     flag("--label-dropout", 0.1, "share of labels hidden in training, for guidance", type=FRACTION)
-    flag("--classifier", False, "train a classifier of noisy images instead, for sample.py's --classifier and --score",
-         action="store_true")
+    flag("--classifier", False, "train a classifier of noisy images instead, for sample.py's --classifier and --score")
 
     flag = parser.section("optimisation")
     flag("--steps", 5500, "optimiser steps (the paper: 800000)", type=count())
@@ -90,15 +82,13 @@ def parse_args(argv=None):
          "33 per cent off the Frechet distance after 2000 steps", choices=("muon", "adam"))
     flag("--lr", None, "learning rate after the warm-up; it then falls to 0 (default: 0.01 for muon, 0.005 for adam; the paper: "
          "0.0002, constant)", type=POSITIVE)
-    flag("--warmup", 100, "steps over which the rate rises", type=number(int, "of at least 0", lambda x: x >= 0))
+    flag("--warmup", 100, "steps over which the rate rises", type=count(0))
     flag("--weight-decay", 0.0, "as in AdamW", type=NOT_NEGATIVE)
-    flag("--ema", 0.999, "decay of the averaged weights, which samples are drawn with (the paper: 0.9999)",
-         type=FRACTION)
+    flag("--ema", 0.999, "decay of the averaged weights, which samples are drawn with (the paper: 0.9999)", type=FRACTION)
     flag("--precision", "auto", "auto: bf16 where CUDA or the CPU (AVX512-BF16, AMX) has units for it, else fp32",
          choices=("auto", "fp32", "bf16", "fp16"))
-    flag("--compile", False, "torch.compile the network: a minute's wait first; meant for GPUs", action="store_true")
-    flag("--checkpointing", False, "compute blocks twice rather than remember them: less memory, more time",
-         action="store_true")
+    flag("--compile", False, "torch.compile the network: a minute's wait first; meant for GPUs")
+    flag("--checkpointing", False, "compute blocks twice rather than remember them: less memory, more time")
     flag("--seed", 0, "of everything random", type=SEED)
     flag("--device", None, "cpu, cuda, cuda:1, mps; default: the best there is")
 
@@ -106,22 +96,21 @@ def parse_args(argv=None):
     flag("--out", None, "checkpoint to write (default: ddpm.pt; classifier.pt with --classifier)", metavar="FILE.pt")
     flag("--save-every", 1000, "steps between checkpoints; there is always one at the end", type=count())
     flag("--resume", False, "go on from --out, exactly as if it had never stopped (after its last step: with a larger --steps, "
-         "and a rate that jumps up again)", action="store_true")
+         "and a rate that jumps up again)")
     flag("--evaluate", None, "measure a checkpoint on the test set instead: L_simple and bits/dim", metavar="FILE.pt")
-    flag("--exact", 0, "with --evaluate: all T terms of this many images, instead of random terms of all",
-         type=number(int, "of at least 0", lambda x: x >= 0), metavar="IMAGES")
+    flag("--exact", 0, "with --evaluate: all T terms of this many images, instead of random terms of all", type=count(0),
+         metavar="IMAGES")
 
     return settled(parser.parse_args(argv), parser)
 
 
 def settled(args, parser):
     """The settings with the defaults that depend on others filled in; settings that contradict each other are refused."""
-    if args.dataset not in data.DATASETS and not args.dataset.endswith(".npy"):
-        parser.error(f"unknown data set {args.dataset!r}: use {', '.join(data.DATASETS)}, or the path of a FILE.npy")
+    dataset = data.known(args.dataset)
     args.lr = args.lr or {"muon": 0.01, "adam": 0.005}[args.optimizer]
     args.out = args.out or ("classifier.pt" if args.classifier else "ddpm.pt")
     if args.flip is None:
-        args.flip = data.DATASETS[args.dataset].flip if args.dataset in data.DATASETS else True
+        args.flip = dataset is None or dataset.flip
     if not 1 <= len(args.multipliers) <= 12 or max(args.multipliers) > 64:
         parser.error("--multipliers: 1 to 12 of them, and none above 64")
     if any(args.channels * m % args.heads for m in args.multipliers):
@@ -167,8 +156,9 @@ def train(args):
         now, last = time.monotonic(), run.done == args.steps
         if now - reported > 1 or last:
             speed, skipped = (run.done - first) / (now - began), f"  {run.skipped} steps skipped" if run.skipped else ""
+            left = datetime.timedelta(seconds=round((args.steps - run.done) / speed))
             run.say(f"step {run.done}/{args.steps}  loss {losses.item() / taken:.4f}  {speed * args.batch_size:.0f} images/s  "
-                    f"{clock((args.steps - run.done) / speed)} left{skipped}", done=last)
+                    f"{left} left{skipped}", done=last)
             reported, losses, taken = now, torch.zeros_like(losses), 0
         if run.done % args.save_every == 0:
             run.save(args.out)
@@ -181,8 +171,9 @@ def train(args):
         run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: the same command with --resume" if run.done > first
                 else "stopped before the first step; there is nothing to save", done=True)
         sys.exit(128 + stopped[0] if stopped else 1)
-    taken, named = run.done - first, "" if args.out == "ddpm.pt" else f" --checkpoint {shlex.quote(args.out)}"
-    run.say(f"{taken} steps, {taken * args.batch_size:,} images, in {clock(time.monotonic() - began)}; averaged weights in "
+    taken, time_taken = run.done - first, datetime.timedelta(seconds=round(time.monotonic() - began))
+    named = "" if args.out == "ddpm.pt" else f" --checkpoint {shlex.quote(args.out)}"
+    run.say(f"{taken} steps, {taken * args.batch_size:,} images, in {time_taken}; averaged weights in "
             f"{args.out}. Next: python sample.py{f' --score {shlex.quote(args.out)}' if args.classifier else named}", done=True)
 
 
@@ -190,7 +181,7 @@ def prepare(args):
     """Device, data and network: a Run that is ready for its next step, whether its first or, with --resume, a later one."""
     rank, world, local = ranks()
     if args.batch_size % (world * args.accumulate):
-        raise WrongFlag(f"--batch-size {args.batch_size} does not divide into {world * args.accumulate} equal parts "
+        raise data.WrongChoice(f"--batch-size {args.batch_size} does not divide into {world * args.accumulate} equal parts "
                         "(processes x --accumulate)")
     device = pick_device(args.device)
     if device.type == "cuda":
@@ -201,7 +192,7 @@ def prepare(args):
         data.check_writable(args.out)
     if local > 0:
         dist.barrier()                               # the first process of each machine fetches the data, the others wait
-    images, labels, classes = load_data(args.dataset, args.only, "train", args.data_dir)
+    images, labels, classes = data.load_chosen(args.dataset, args.only, "train", args.data_dir)
     if world > 1 and local == 0:
         dist.barrier()
     if (args.conditional or args.classifier) and len(classes) < 2:
@@ -232,12 +223,6 @@ def stop_agreed(stopped, run):
     return flag.item() > 0
 
 
-def clock(seconds):
-    """Seconds as 4:05 or 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
 class Run:
     """A training in progress: all that a checkpoint holds, and one step of it."""
 
@@ -246,21 +231,19 @@ class Run:
         self.args, self.images, self.labels, self.device = args, images.to(device), labels.to(device), device
         self.rank, self.world, _ = ranks()
         self.say = data.say if self.rank == 0 else (lambda text, done=False: None)
-        self.done = 0                                   # steps taken
-        self.changed = False                            # whether there is something to save
-        self.fresh = True                               # whether --out, if it exists, is another training's
+        self.done = self.skipped = self.skipped_in_a_row = 0      # steps, and those of them whose gradient was not finite
+        self.saved = 0                            # done - skipped when --out was written; 0: what is there is another training's
         self.fixed = {"format": FORMAT, "settings": settings_of(args), "shape": tuple(images.shape[1:]), "classes": classes}
         self.network = make_network(args, self.fixed["shape"], classes).to(device)
         if device.type == "cuda":
             self.network.to(memory_format=torch.channels_last)
         self.diffusion = make_diffusion(args).to(device)
-        self.importance = ImportanceSampler(args.timesteps).to(device)
-        self.weights = list(self.network.parameters())
-        self.ema = [w.detach().clone() for w in self.weights]
-        self.optimizers = make_optimizers(self.network, args)
-        self.dtype = pick_dtype(args.precision, device)
+        self.importance = ddpm.ImportanceSampler(args.timesteps).to(device)
+        self.ema = copy.deepcopy(self.network)
+        self.weights, self.averages = list(self.network.parameters()), list(self.ema.parameters())
+        self.optimizer = unet.Optimizer(self.network, args.lr, args.weight_decay, muon=args.optimizer == "muon")
+        self.dtype = unet.pick_dtype(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.skipped = self.skipped_in_a_row = 0
         self.model = torch.compile(self.network) if args.compile else self.network
         if self.world > 1:
             self.model = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
@@ -294,9 +277,8 @@ class Run:
         Every process draws the whole batch from the same random numbers and works on its own part of it, so that the
         result does not depend on how many processes there are (but for --dropout: all of them have the same masks).
         """
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(self.done, self.args)
-            optimizer.zero_grad()
+        self.optimizer.param_groups[0]["lr"] = unet.learning_rate(self.done, self.args.steps, self.args.lr, self.args.warmup)
+        self.optimizer.zero_grad()
         x_0, y = self.batch()
         t, importance = self.draw_t(x_0)
         noise = self.diffusion.normal_eps(x_0)
@@ -310,17 +292,15 @@ class Run:
                     losses.append(self.losses(x_0[part], y[part], t[part], noise[part]))
                 self.scaler.scale((losses[-1] * importance[part]).mean() / self.args.accumulate).backward()
         losses = torch.cat(losses).detach()
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         if torch.isfinite(norm):
-            self.skipped_in_a_row, self.changed = 0, True
-            for optimizer in self.optimizers:
-                optimizer.step()
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()
-        update_ema(self.ema, self.weights, self.args.ema, self.done)
+        unet.update_ema(self.averages, self.weights, self.args.ema, self.done)
         if self.args.loss == "vlb":
             everyone = torch.zeros_like(t, dtype=torch.float32)
             everyone[self.rank * len(losses):(self.rank + 1) * len(losses)] = losses
@@ -330,47 +310,43 @@ class Run:
         self.done += 1
         return losses.mean()
 
+    def state(self):
+        """The tensors that steps change, by name; not copies."""
+        return {"model": self.network.state_dict(), "ema": self.ema.state_dict(), "importance": self.importance.state_dict(),
+                "optimizer": self.optimizer.state_dict()["state"]}
+
     def save(self, path):
-        """Write the checkpoint, if anything has changed; another training's of that name is renamed first."""
-        if self.rank > 0 or not self.changed:
+        """Write the checkpoint, if anything has changed: `path` is always a complete one, the old or the new. Another
+        training's of that name is renamed first."""
+        if self.rank > 0 or self.done - self.skipped == self.saved:
             return
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise ValueError(f"the weights are no longer finite numbers; {path} was left as it was. Try a lower --lr")
-        if self.fresh and os.path.exists(path):
-            keep_older(path)
-        self.fresh = self.changed = False
-        names = [name for name, _ in self.network.named_parameters()]
-        save_checkpoint(path, {
-            **self.fixed, "step": self.done, "model": self.network.state_dict(),
-            "ema": dict(zip(names, self.ema, strict=True)), "scaler": self.scaler.state_dict(),
-            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
-            "importance": self.importance.state_dict(),
-            "rng": {name: stream.get_rng_state() for name, stream in random_streams(self.device).items()}})
+        if self.saved == 0 and os.path.exists(path):
+            data.keep_older(path)
+        self.saved = self.done - self.skipped
+        content = io.BytesIO()
+        torch.save({**self.fixed, **self.state(), "step": self.done, "scaler": self.scaler.state_dict(),
+                    "rng": {name: stream.get_rng_state() for name, stream in random_streams(self.device).items()}}, content)
+        with data.atomic(path) as file:
+            file.write(content.getbuffer())
 
     def restore(self, path):
         """Go on from a checkpoint. ValueError if it was made with other settings, or is damaged."""
-        checkpoint, *_ = read_checkpoint(path)
+        _, _, checkpoint = load_checkpoint(path, "cpu", self.args.classifier)
         old, new = ({"shape": state["shape"], "classes": state["classes"], **state["settings"]}
                     for state in (checkpoint, self.fixed))
         if old != new:
             differ = ", ".join(f"{k} was {old[k]!r} and is {new[k]!r}" for k in new if old[k] != new[k])
             raise ValueError(f"--resume cannot go on from {path} with other settings: {differ[:500]}")
-        try:
-            check_tensors(checkpoint["model"], self.network.state_dict())
-            check_tensors(checkpoint["importance"], self.importance.state_dict())
-            for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": check_moments(optimizer, state)})
-            self.network.load_state_dict(checkpoint["model"])
-            self.importance.load_state_dict(checkpoint["importance"])
+        with data.damaged(f"{path} is damaged"):
+            state = self.state()
+            copy_into(state, {name: checkpoint[name] for name in state})
             self.scaler.load_state_dict(checkpoint["scaler"])
             for name, stream in random_streams(self.device).items():
                 if name == "cpu" or name in checkpoint["rng"]:         # a run may go on on another kind of device
                     stream.set_rng_state(checkpoint["rng"][name])
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
-        for ema, saved in zip(self.ema, checkpoint["ema"].values(), strict=True):
-            ema.copy_(saved)
-        self.done, self.fresh = checkpoint["step"], False
+        self.done = self.saved = checkpoint["step"]
 
 
 class ClassifierRun(Run):
@@ -387,82 +363,9 @@ class ClassifierRun(Run):
         return F.cross_entropy(self.model(x_t, t), y, reduction="none")
 
 
-def learning_rate(step, args):
-    """Up in a straight line over the warm-up, the first step not at 0; then down in another, to 0 at the end."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / (args.warmup + 1)
-    return args.lr * (args.steps - step) / max(args.steps - args.warmup, 1)
-
-
-@torch.no_grad()
-def update_ema(ema, weights, decay, step):
-    """ema <- decay ema + (1 - decay) weights, in place; a shorter memory at first, so that the start is forgotten."""
-    torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
-
-
 def random_streams(device):
     """What a run draws random numbers from: the CPU, and its device if that is another."""
     return {"cpu": torch} if device.type == "cpu" else {"cpu": torch, device.type: getattr(torch, device.type)}
-
-
-# ----------------------------------------------------------------------------------------------- how weights are updated
-
-
-def make_optimizers(network, args):
-    """Adam for all weights, or Muon for the convolutions between feature maps and Adam for the rest."""
-    inner = [w for name, w in network.named_parameters()
-             if args.optimizer == "muon" and w.ndim == 4 and w.shape[1] > 1 and "conv_in" not in name
-             and "conv_out" not in name]
-    rest = [w for w in network.parameters() if all(w is not v for v in inner)]
-    # beta_2 = 0.99 rather than Adam's 0.999: a run of minutes should not average gradients over most of itself.
-    adam = torch.optim.AdamW(rest, args.lr, (0.9, 0.99), weight_decay=args.weight_decay, fused=rest[0].device.type != "mps")
-    return [adam, Muon(inner, args.lr, args.weight_decay)] if inner else [adam]
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for convolutions (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-
-    Every direction of a weight matrix (C_out, C_in kh kw) then learns at the same pace; the scale gives a step the size of
-    an Adam step (Liu et al. 2025, 2502.16982). torch.optim.Muon takes no convolutions, and computes in bfloat16, which is
-    slow on CPUs without units for it.
-    """
-
-    def __init__(self, weights, lr, weight_decay=0.0):
-        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        group = self.param_groups[0]
-        for w in group["params"]:
-            momentum = self.state[w].setdefault("momentum", torch.zeros_like(w))
-            momentum.lerp_(w.grad, 0.05)
-            G = w.grad.lerp(momentum, 0.95).flatten(1)                                # Nesterov's: a look ahead
-            G = orthogonal(G) if len(G) <= G.shape[1] else orthogonal(G.T).T
-            w.mul_(1 - group["lr"] * group["weight_decay"])
-            w.sub_(G.reshape(w.shape), alpha=group["lr"] * 0.2 * math.sqrt(max(G.shape)))
-
-
-def orthogonal(G):
-    """Nearly the orthogonal matrix nearest to G (m, n), m <= n: five steps of a polynomial that pushes all singular values
-    towards 1 (about 0.7 to 1.2 come out; of those that start very small, less)."""
-    G = G / G.norm().clamp(min=1e-7)
-    for _ in range(5):
-        A = G @ G.T                                          # G <- 3.4445 G - 4.7750 A G + 2.0315 A A G
-        G = torch.addmm(G, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), G, beta=3.4445)
-    return G
-
-
-def check_moments(optimizer, state):
-    """An optimizer's saved state, laid out as its weights are on this device. ValueError if it is not that."""
-    weights = optimizer.param_groups[0]["params"]
-    if state.keys() != set(range(len(weights))):
-        raise ValueError("its optimizer is another network's")
-    for k, moments in state.items():
-        likes = {name: torch.zeros(()) if name == "step" else weights[k].detach() for name in
-                 (("momentum",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq"))}
-        check_tensors(moments, likes)
-        state[k] = {name: torch.empty_like(like).copy_(moments[name]) for name, like in likes.items()}
-    return state
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -472,40 +375,36 @@ def check_moments(optimizer, state):
 def evaluate(args):
     """Print the test set's L_simple and its bound in bits/dim, split as in Section 4.3, with 95% confidence intervals."""
     if ranks()[1] > 1:
-        raise WrongFlag("--evaluate is work for one process: leave out torchrun")
+        raise data.WrongChoice("--evaluate is work for one process: leave out torchrun")
     device = pick_device(args.device)
     network, diffusion, checkpoint = load_checkpoint(args.evaluate, device)
     images, labels = load_like(checkpoint, "test", args.data_dir)
     T, N = diffusion.timesteps, min(args.exact or len(images), len(images))
     torch.manual_seed(args.seed)
-    quarters, images_seen = torch.zeros(2, 4), []
+    parts = []
     for k in range(0, N, 500):
         x_0 = data.to_model(images[k:min(k + 500, N)].to(device))
-        y = labels[k:k + len(x_0)].to(device) if network.num_classes else None
-        model = functools.partial(network, y=y)
+        model = functools.partial(network, y=labels[k:k + len(x_0)].to(device) if network.num_classes else None)
         times, weights = choose_terms(T, len(x_0), args.exact > 0, device)
         rows = []
         for t in times:
             rows.append(measure(model, diffusion, x_0, t))
             data.say(f"{k} of {N} images, {len(x_0)} more at t = {int(t[0])}")
-        terms, simple, squared_error = torch.stack(rows, dim=1)                       # each (R, B)
-        quarter = ((times - 1) * 4 // T).flatten().cpu()
-        for total, values in zip(quarters, (weights * simple, weights), strict=True):
-            total.index_add_(0, quarter, values.flatten().cpu())
-        images_seen.append(torch.stack([(weights * simple).sum(0) / T, diffusion.prior_bits(x_0),
-                                        (weights * terms)[1:].sum(0), terms[0], squared_error[0]]))
-    simple, prior, rate, distortion, squared_error = torch.cat(images_seen, dim=1).cpu().double()
+        prior = diffusion.prior_bits(x_0).expand_as(weights)
+        parts.append(torch.stack([times, weights, prior, *torch.stack(rows, dim=1)]).cpu())
+    times, weights, prior, terms, simple, squared_error = torch.cat(parts, dim=2).double()          # each (times, N)
+    prior, rate, distortion, quarter = prior[0], (weights * terms)[1:].sum(0), terms[0], (times - 1) * 4 // T
 
     def shown(x):
         return f"{x.mean():.4f}" + (f" +- {1.96 * x.std() / math.sqrt(len(x)):.4f}" if len(x) > 1 else "")
 
-    by_quarter = "  ".join(f"{mean:.4f}" for mean in quarters[0] / quarters[1].clamp(min=1e-9))
+    by_quarter = "  ".join(f"{(weights * simple)[quarter == q].sum() / weights[quarter == q].sum():.4f}" for q in range(4))
     data.say(f"{checkpoint['settings']['dataset']}, test split, {N:,} images, {args.evaluate} at step {checkpoint['step']}",
              done=True)
-    print(f"L_simple    {shown(simple)}   by quarter of t: {by_quarter}\n"
+    print(f"L_simple    {shown((weights * simple).sum(0) / T)}   by quarter of t: {by_quarter}\n"
           f"bits/dim <= {shown(prior + rate + distortion)}, the sum of\n"
           f"  rate        {shown(prior + rate)}   L_1 + ... + L_T, of which L_T {prior.mean():.9f}\n"
-          f"  distortion  {shown(distortion)}   L_0; RMSE {127.5 * squared_error.mean().sqrt():.2f} of 255")
+          f"  distortion  {shown(distortion)}   L_0; RMSE {127.5 * squared_error[0].mean().sqrt():.2f} of 255")
 
 
 def choose_terms(T, B, every, device):
@@ -527,7 +426,7 @@ def measure(model, diffusion, x_0, t):
     """One draw of x_t for each image -> L_{t-1} in bits/dim, L_simple, and x_0's squared error: (3, B). One model call."""
     noise = diffusion.normal_eps(x_0)
     x_t = diffusion.q_sample(x_0, t, noise)
-    answer = answered(model(x_t, t))
+    answer = ddpm.answered(model(x_t, t))
     eps, _ = diffusion.predict(answer, x_t, t, clip=False)
     _, guess = diffusion.predict(answer, x_t, t)
     errors = ((error**2).flatten(1).mean(1) for error in (eps - noise, guess - x_0))
@@ -537,25 +436,15 @@ def measure(model, diffusion, x_0, t):
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def load_checkpoint(path, device, kind="ddpm"):
+def load_checkpoint(path, device, classifier=False):
     """A checkpoint of train.py -> (model with EMA weights, diffusion, the checkpoint's dict).
 
-    The model is a UNet (x, t, y) in eval mode on `device`; kind="classifier" loads a classifier instead. Nothing in the
-    file is run (weights_only), and every field is checked before it is used: ValueError says what is wrong with `path`.
+    The model is a UNet (x, t, y) in eval mode on `device`, or, if asked for, a classifier. Nothing in the file is run
+    (weights_only), and every field is checked before it is used: ValueError says what is wrong with `path`.
     """
-    checkpoint, args, network = read_checkpoint(path)
-    if args.classifier != (kind == "classifier"):
-        raise ValueError(f"{path} holds a {'classifier' if args.classifier else 'ddpm'}, not a {kind}: see train.py --classifier")
-    network = network.to_empty(device=device).eval().requires_grad_(False)
-    network.load_state_dict(checkpoint["ema"])
-    return network, make_diffusion(args).to(device), checkpoint
-
-
-def read_checkpoint(path):
-    """A checkpoint's dict, its settings as parse_args gives them, its network without weights. ValueError if it is damaged."""
     if not os.path.exists(path):
         raise ValueError(f"there is no {path}: make it with python train.py, or name another one")
-    try:
+    with data.damaged(f"{path} is not a checkpoint of train.py, or is damaged"):
         with zipfile.ZipFile(path) as archive:       # what torch.save writes: an archive that is not compressed
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
                 raise ValueError("it unpacks to more than its size")
@@ -572,19 +461,17 @@ def read_checkpoint(path):
                 type(name) is str and len(name) <= 100 and name.isprintable() for name in classes):
             raise ValueError("its classes are not names")
         args = parse_args(argv_of(checkpoint["settings"]))
-        if settings_of(args) != checkpoint["settings"]:
+        if repr(settings_of(args)) != repr(checkpoint["settings"]):          # == would let a tensor pass for a number
             raise ValueError("no flags give its settings")
         with torch.device("meta"):                   # takes no memory, whatever the settings ask for
             network = make_network(args, (C, H, W), classes)
-        check_tensors(checkpoint["ema"], network.state_dict())
-        if sum(w.nbytes for w in checkpoint["ema"].values()) > os.path.getsize(path):
+        if sum(w.nbytes for w in network.state_dict().values()) > os.path.getsize(path):
             raise ValueError("its weights are larger than itself")
-        return checkpoint, args, network
-    except OSError:
-        raise
-    except Exception as error:  # noqa: BLE001       a damaged or hostile file can fail in any way on its way in
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of train.py, or is damaged ({reason[:200]})") from None
+        copy_into(network.to_empty(device="cpu").state_dict(), checkpoint["ema"])
+    if args.classifier != classifier:
+        raise ValueError(f"{path} holds a {'classifier, and no ddpm' if args.classifier else 'ddpm, and no classifier'}: see "
+                         "train.py --classifier")
+    return network.to(device).eval().requires_grad_(False), make_diffusion(args).to(device), checkpoint
 
 
 def settings_of(args):
@@ -596,9 +483,6 @@ def argv_of(settings):
     """The flags that give a checkpoint's settings, so that parse_args can check them as it checks a person's."""
     if settings.keys() != settings_of(parse_args([])).keys():
         raise ValueError("it has other settings than this train.py")
-    for value in settings.values():
-        if not all(type(part) in (str, int, float, bool, type(None)) for part in (value if type(value) is tuple else [value])):
-            raise ValueError("its settings are not plain values")
     argv = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
@@ -609,61 +493,28 @@ def argv_of(settings):
     return argv
 
 
-def check_tensors(tensors, like):
-    """ValueError unless `tensors` has the names, shapes and types of `like`, and finite numbers only."""
-    if not isinstance(tensors, dict) or tensors.keys() != like.keys():
+def copy_into(own, saved):
+    """Copy saved tensors into a dict (of dicts) of tensors. ValueError unless names, shapes and types agree, and all is finite."""
+    if not isinstance(saved, dict) or saved.keys() != own.keys():
         raise ValueError("its weights are not those of its network")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != like[name].shape or tensor.dtype != like[name].dtype:
+    for name, tensor in own.items():
+        if isinstance(tensor, dict):
+            copy_into(tensor, saved[name])
+        elif not isinstance(saved[name], torch.Tensor) or (saved[name].shape, saved[name].dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(f"{name} does not have the shape or type of its network")
-        if not torch.isfinite(tensor).all():
+        elif not torch.isfinite(saved[name]).all():
             raise ValueError(f"{name} has numbers that are not finite")
-
-
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint so that, whatever happens, `path` is a complete one: the old or the new."""
-    content = io.BytesIO()
-    torch.save(checkpoint, content)
-    with data.atomic(path) as file:
-        file.write(content.getbuffer())
-
-
-def keep_older(path):
-    """Give the model that a new training would overwrite another name: ddpm.1.pt, ddpm.2.pt, ..."""
-    stem, suffix = os.path.splitext(path)
-    kept = next(name for k in range(1, 10**6) if not os.path.exists(name := f"{stem}.{k}{suffix}"))
-    try:
-        os.link(os.path.realpath(path), kept)              # two names for a moment: `path` is there all the time
-    except OSError:
-        shutil.copy2(path, kept)
-    data.say(f"{path} was there already and is now {kept}", done=True)
+        else:
+            tensor.copy_(saved[name])
 
 
 # ------------------------------------------------------------------------- from settings to data, devices and networks
 
 
-def load_data(dataset, only, split, data_dir):
-    """-> images uint8 (N, C, H, W), labels (N,), and the names of the classes; of the class `only` if that is not None."""
-    images, labels = data.load_dataset(dataset, split, data_dir)
-    classes = data.class_names(dataset, labels)
-    if only is not None:
-        try:
-            chosen = labels == data.find_label(only, classes)
-        except ValueError as error:
-            raise WrongFlag(f"--only: {error}") from None
-        images, labels = images[chosen], labels[chosen]
-        if len(images) == 0:
-            raise ValueError(f"--only {only}: {dataset} has no image of it")
-    return images, labels, classes
-
-
 def load_like(checkpoint, split, data_dir):
     """Images and labels of the data that a checkpoint was trained on. ValueError if they have become something else."""
     dataset = checkpoint["settings"]["dataset"]
-    try:
-        images, labels, _ = load_data(dataset, checkpoint["settings"]["only"], split, data_dir)
-    except WrongFlag as error:
-        raise ValueError(f"{dataset} is no longer what the checkpoint was trained on: {error}") from None
+    images, labels, _ = data.load_chosen(dataset, checkpoint["settings"]["only"], split, data_dir)
     if tuple(images.shape[1:]) != checkpoint["shape"] or labels.max() >= len(checkpoint["classes"]):
         raise ValueError(f"the checkpoint was trained on images {checkpoint['shape']} of {len(checkpoint['classes'])} classes, "
                          f"but {dataset} ({split}) holds {tuple(images.shape[1:])} of {int(labels.max()) + 1}")
@@ -672,20 +523,20 @@ def load_like(checkpoint, split, data_dir):
 
 def make_diffusion(args):
     """The GaussianDiffusion that the settings ask for."""
-    betas = (linear_beta_schedule(args.timesteps, args.beta_start, args.beta_end) if args.schedule == "linear"
-             else cosine_beta_schedule(args.timesteps, beta_min=args.beta_min, beta_max=args.beta_max))
-    return GaussianDiffusion(betas, args.prediction, args.variance, args.loss)
+    betas = (ddpm.linear_beta_schedule(args.timesteps, args.beta_start, args.beta_end) if args.schedule == "linear"
+             else ddpm.cosine_beta_schedule(args.timesteps, beta_min=args.beta_min, beta_max=args.beta_max))
+    return ddpm.GaussianDiffusion(betas, args.prediction, args.variance, args.loss)
 
 
 def make_network(args, shape, classes):
     """The network that the settings ask for, for images of `shape` (C, H, W), with fresh weights."""
     C, H, _ = shape
-    network = UNet(
+    network = unet.UNet(
         in_channels=C, out_channels=2 * C if args.variance.startswith("learned") else C, image_size=H, patch=args.patch,
         channels=args.channels, multipliers=args.multipliers, blocks=args.blocks, attention=args.attention, heads=args.heads,
         dropout=args.dropout, convnext=args.block == "convnext", scale_shift=args.embedding == "scale-shift",
         num_classes=len(classes) if args.conditional else None, checkpointing=args.checkpointing)
-    return NoisyClassifier(network, len(classes)) if args.classifier else network
+    return unet.NoisyClassifier(network, len(classes)) if args.classifier else network
 
 
 def ranks():
@@ -704,17 +555,7 @@ def pick_device(name):
         torch.zeros(1, device=device).item()
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise WrongFlag(f"--device {name or best}: {str(error).splitlines()[0]}") from None
-
-
-def pick_dtype(precision, device):
-    """What autocast computes in. auto is bf16 where the hardware multiplies matrices in it, else fp32."""
-    if precision == "auto":
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
-        units = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                 else device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16")))
-        precision = "bf16" if units else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        raise data.WrongChoice(f"--device {name or best}: {str(error).splitlines()[0]}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
@@ -727,7 +568,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        raise WrongFlag(message)
+        raise data.WrongChoice(message)
 
     def section(self, title):
         """-> a function that adds a flag to a new group of the help: (flag, default, help, ...)."""
@@ -735,13 +576,10 @@ class Parser(argparse.ArgumentParser):
 
         def flag(name, default, help, **kind):
             shown = "" if default is None or default is False or default == "" else f" (default: {default})"
+            kind |= {"action": "store_true"} if default is False else {}
             group.add_argument(name, default=default, help=help.replace("%", "%%") + shown, **kind)
 
         return flag
-
-
-class WrongFlag(ValueError):
-    """A flag that cannot be what it is: exit code 2."""
 
 
 def number(kind, wanted, fits):
@@ -758,9 +596,9 @@ def number(kind, wanted, fits):
     return parse
 
 
-def count(most=10**9):
-    """A flag's type: a whole number from 1 on."""
-    return number(int, "of at least 1" + (f" and at most {most:,}" if most < 10**9 else ""), lambda x: 1 <= x <= most)
+def count(least=1, most=10**9):
+    """A flag's type: a whole number."""
+    return number(int, f"of at least {least}" + (f" and at most {most:,}" if most < 10**9 else ""), lambda x: least <= x <= most)
 
 
 def numbers(text):
@@ -786,7 +624,7 @@ def guarded(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except WrongFlag as error:
+    except data.WrongChoice as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError) as error:

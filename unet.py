@@ -1,7 +1,8 @@
 """epsilon_theta(x_t, t): the U-Net of the paper's Appendix B, in a size that a laptop trains in minutes.
 
 Nothing here knows about diffusion: a network takes images x (B, C, H, W), integers t (B,) and perhaps labels y (B,),
-and returns images. From top to bottom: the embedding of t, the blocks, the encoder, the U-Net, a classifier. With
+and returns images. From top to bottom: the embedding of t, the blocks, the encoder, the U-Net, a classifier,
+and how weights are updated. With
 
     UNet(in_channels=3, image_size=32, patch=1, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
          dropout=0.1)
@@ -315,3 +316,73 @@ class NoisyClassifier(nn.Module):
     def forward(self, x, t):
         """-> logits (B, num_classes)."""
         return self.head(self.features(x, t)).to(x.dtype)
+
+
+# How it is computed, and how its weights are updated --------------------------------------------------------------------
+
+
+def pick_dtype(precision, device):
+    """What autocast computes in. auto is bf16 where the hardware multiplies matrices in it, else fp32."""
+    if precision == "auto":
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        units = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+                 else device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16")))
+        precision = "bf16" if units else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def learning_rate(step, steps, peak, warmup):
+    """Up in a straight line over the warm-up, the first step not at 0; then down in another, to 0 at the end."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    return peak * (steps - step) / max(steps - warmup, 1)
+
+
+@torch.no_grad()
+def update_ema(ema, weights, decay, step):
+    """ema <- decay ema + (1 - decay) weights, in place; a shorter memory at first, so that the start is forgotten."""
+    torch._foreach_lerp_(ema, weights, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+class Optimizer(torch.optim.AdamW):
+    """Adam; if `muon`, with momentum made orthogonal for the convolutions between feature maps, which is called Muon (Jordan
+    et al. 2024, kellerjordan.github.io/posts/muon).
+
+    Every direction of a weight matrix (C_out, C_in kh kw) then learns at the same pace; the scale gives a step the size of
+    an Adam step (Liu et al. 2025, 2502.16982). torch.optim.Muon takes no convolutions, and computes in bfloat16, which is
+    slow on CPUs without units for it.
+    """
+
+    def __init__(self, network, lr, weight_decay=0.0, muon=True):
+        fused = next(network.parameters()).device.type != "mps"
+        # beta_2 = 0.99 rather than Adam's 0.999: a run of minutes should not average gradients over most of itself.
+        super().__init__(network.parameters(), lr, (0.9, 0.99), weight_decay=weight_decay, fused=fused)
+        self.convolutions = [w for name, w in network.named_parameters() if muon and w.ndim == 4 and w.shape[1] > 1
+                             and "conv_in" not in name and "conv_out" not in name]
+        for w in network.parameters():           # AdamW would do so at its first step; so a new run looks like a saved one
+            self.state[w] = {"step": torch.zeros((), device=w.device if fused else "cpu"),
+                             "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
+        for w in self.convolutions:
+            self.state[w] = {"momentum": torch.zeros_like(w)}
+
+    @torch.no_grad()
+    def step(self):
+        lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
+        for w in self.convolutions:
+            momentum = self.state[w]["momentum"].lerp_(w.grad, 0.05)
+            G = w.grad.lerp(momentum, 0.95).flatten(1)                                # Nesterov's: a look ahead
+            G = orthogonal(G) if len(G) <= G.shape[1] else orthogonal(G.T).T
+            w.mul_(1 - lr * decay)
+            w.sub_(G.reshape(w.shape), alpha=lr * 0.2 * math.sqrt(max(G.shape)))
+            w.grad = None                                                             # so that Adam leaves it alone
+        super().step()
+
+
+def orthogonal(G):
+    """Nearly the orthogonal matrix nearest to G (m, n), m <= n: five steps of a polynomial that pushes all singular values
+    towards 1 (about 0.7 to 1.2 come out; of those that start very small, less)."""
+    G = G / G.norm().clamp(min=1e-7)
+    for _ in range(5):
+        A = G @ G.T                                          # G <- 3.4445 G - 4.7750 A G + 2.0315 A A G
+        G = torch.addmm(G, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), G, beta=3.4445)
+    return G
