@@ -10,7 +10,8 @@ Conventions. "Eq. 4" is the paper's; other papers are named. t runs 1 .. T as in
 means clean data (beta_0 = 0, alpha_bar_0 = 1), so alpha_bar_{t-1} needs no special case. Images are float32 in [-1, 1].
 A model is any callable (x_t, t) -> prediction, with x_t (B, C, H, W) and t (B,) int64; labels are bound before it comes
 here (a lambda, or one of the guidance wrappers at the end). Schedules are worked out in float64 on the CPU and only then
-rounded to float32: 1 - 0.9999 taken in float32 is off by 1.7e-4 of its value.
+rounded to float32: 1 - 0.9999 taken in float32 is off by 1.7e-4 of its value. Small tools stand at the very end; the one to
+know is at(table, t), the entries of a table (T+1,) for the times t (B,), shaped to multiply images.
 """
 import itertools
 import math
@@ -64,27 +65,27 @@ class GaussianDiffusion(nn.Module):
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)                                             # alpha_bar_0 = 1
         before = F.pad(alpha_bar, (1, 0), value=1)[:-1]                          # alpha_bar_{t-1}
-        rest = (1 - alpha_bar).clamp(min=betas[0])                               # 1 - alpha_bar_t; never 0 in a denominator
-        posterior_variance = (1 - before) / rest * beta                          # Eq. 7: 0 at t = 1
+        divisor = (1 - alpha_bar).clamp(min=betas[0])                            # 1 - alpha_bar_t, but not 0 at t = 0
+        posterior_variance = (1 - before) / divisor * beta                       # Eq. 7: 0 at t = 1
         check_end(float(alpha_bar[-1]), self.timesteps)
-        # A logarithm cannot take the 0 at t = 1; beta-tilde_2 stands in for it, there and in "beta", as in Ho's code.
-        # Samples do not see it (no noise is added at t = 1); the decoder L_0 does.
+        # At t = 1 that is 0, but Eq. 13 divides by its root and iDDPM Eq. 15 takes its logarithm. beta-tilde_2 stands in, also
+        # in "beta", as in Ho's code. Samples do not see it (no noise is added at t = 1); the decoder L_0 does.
         stand_in = posterior_variance[2] if self.timesteps > 1 else beta[1]
         positive_posterior = torch.cat([stand_in.expand(2), posterior_variance[2:]])
         fixed_variance = torch.cat([stand_in.expand(2), beta[2:]]) if variance == "beta" else positive_posterior
 
-        self.exact_alpha_bar = alpha_bar                                         # float64, and stays on the CPU
+        self.exact_alpha_bar = alpha_bar                                         # float64; stays on the CPU whatever .to() says
         tables = {
             "beta": beta, "alpha": alpha, "alpha_bar": alpha_bar, "one_minus_alpha_bar": 1 - alpha_bar,
             "posterior_variance": posterior_variance, "fixed_variance": fixed_variance,
-            "x_0_weight": before.sqrt() * beta / rest, "x_t_weight": alpha.sqrt() * (1 - before) / rest,      # in Eq. 7
+            "x_0_weight": before.sqrt() * beta / divisor, "x_t_weight": alpha.sqrt() * (1 - before) / divisor,      # Eq. 7
             "log_beta": torch.cat([beta[1:2], beta[1:]]).log(), "log_posterior_variance": positive_posterior.log(),
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
 
     def times(self, t, x):
-        """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T (on a GPU, looking would mean waiting)."""
+        """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T (unchecked on a GPU, which would stall)."""
         t = torch.as_tensor(t)
         if t.device.type == "cpu" and t.numel() and (t.is_floating_point() or t.min() < 1 or t.max() > self.timesteps):
             raise ValueError(f"t must be whole numbers in 1..{self.timesteps} (1..T, as in the paper), not {t.tolist()}")
@@ -154,7 +155,7 @@ class GaussianDiffusion(nn.Module):
             return x_0
         if self.prediction == "mean":
             return self.q_posterior(x_0, x_t, t)[0]
-        return at(self.alpha_bar, t).sqrt() * eps - at(self.one_minus_alpha_bar, t).sqrt() * x_0
+        return at(self.alpha_bar, t).sqrt() * eps - at(self.one_minus_alpha_bar, t).sqrt() * x_0                 # v
 
     # --------------------------------------------------------------------------------- Section 3.2: the reverse process
 
@@ -171,15 +172,15 @@ class GaussianDiffusion(nn.Module):
 
         clip=True holds x_0 in [-1, 1], where images live, and derives eps again from it. Algorithm 2 as printed does not
         clip; the authors' code does, and samples are better for it: Eq. 15 multiplies an error of eps_theta by
-        sqrt(1 - alpha_bar_t) / sqrt(alpha_bar_t), 157 at the paper's t = T. Eq. 11 and DDIM must take eps from this pair:
-        otherwise the clip would do nothing in the one, and contradict x_0 in the other.
+        sqrt(1 - alpha_bar_t) / sqrt(alpha_bar_t), 157 at the paper's t = T. Eq. 11 and DDIM must take eps from this pair: with
+        the network's own eps the clip would not reach Eq. 11 at all, and DDIM's eps would contradict its x_0.
         """
         t = self.times(t, x_t)
         output, _ = self.split(model(x_t, t), x_t)
-        signal, noise = at(self.alpha_bar, t).sqrt(), at(self.one_minus_alpha_bar, t).sqrt()
+        signal, noise = at(self.alpha_bar, t).sqrt(), at(self.one_minus_alpha_bar, t).sqrt()      # x_t = signal x_0 + noise eps
         if self.prediction == "eps":
             eps, x_0 = output, (x_t - noise * output) / signal                                        # Eq. 15
-        elif self.prediction == "v":
+        elif self.prediction == "v":                                                                  # the inverse of target's
             eps, x_0 = noise * x_t + signal * output, signal * x_t - noise * output
         else:
             x_0 = output if self.prediction == "x0" else (output - at(self.x_t_weight, t) * x_t) / at(self.x_0_weight, t)
@@ -190,9 +191,10 @@ class GaussianDiffusion(nn.Module):
         return eps, x_0
 
     def p_mean_variance(self, model, x_t, t, clip=True):
-        """p_theta(x_{t-1} | x_t) -> mean (B, C, H, W), variance (B, 1 or C, 1 or H, 1 or W), x_0; one call of the model.
+        """p_theta(x_{t-1} | x_t) -> mean (B, C, H, W), variance, x_0 (B, C, H, W); one call of the model.
 
-        The mean is Eq. 11. With the pair (eps, x_0) of `predict` this is also Eq. 7 at that x_0, clipped or not.
+        The variance is (B, 1, 1, 1), or (B, C, H, W) if it is learned. The mean is Eq. 11 (Eqs. 9 and 10 lead there). With
+        the pair (eps, x_0) of `predict` it is also Eq. 7 at that x_0, clipped or not.
         """
         t = self.times(t, x_t)
         output = model(x_t, t)
@@ -214,7 +216,7 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, model, shape, x_T=None, clip=True, generator=None, on_step=None):
-        """Algorithm 2: images x_0 of `shape` (B, C, H, W), about [-1, 1], from noise, in T calls of the model.
+        """Algorithm 2, the chain of Eq. 1: images x_0 of `shape` (B, C, H, W), about [-1, 1], from noise, in T calls of the model.
 
         on_step(t, x_t, x_0) is called first with (T, x_T, None), then after each step with the t it reached and the x_0
         predicted in it. x_T (B, C, H, W), if given, is where the chain starts.
@@ -262,12 +264,16 @@ class GaussianDiffusion(nn.Module):
         return nats.flatten(1).mean(1) / math.log(2)
 
     def vlb_terms(self, model, x_0, x_t, t, clip=True):
-        """L_{t-1} of Eq. 5 in bits per dimension (B,): KL(q(x_{t-1}|x_t,x_0) || p_theta(x_{t-1}|x_t)); L_0 at t = 1."""
+        """L_{t-1} of Eq. 5 in bits per dimension (B,): KL(q(x_{t-1}|x_t,x_0) || p_theta(x_{t-1}|x_t)); L_0 at t = 1.
+
+        With a fixed variance it depends on the model through the distance of the means alone (Eq. 8), and that is a weighted
+        distance of eps (Eq. 12).
+        """
         t = self.times(t, x_t)
         mean, variance, _ = self.p_mean_variance(model, x_t, t, clip)
         log_ratio = at(self.log_posterior_variance, t) - variance.log()
-        distance = (self.q_posterior(x_0, x_t, t)[0] - mean) ** 2 / variance
-        nats = (torch.expm1(log_ratio) - log_ratio + distance) / 2                   # KL of two Gaussians
+        squared_distance = (self.q_posterior(x_0, x_t, t)[0] - mean) ** 2
+        nats = (torch.expm1(log_ratio) - log_ratio + squared_distance / variance) / 2          # KL of two Gaussians
         first = t == 1
         if first.any():
             decoded = -self.decoder_log_likelihood(x_0[first], mean[first], variance.expand_as(mean)[first])
@@ -330,7 +336,7 @@ class GaussianDiffusion(nn.Module):
         """Images (B, C, H, W) in `steps` calls of the model (DDIM Eq. 12, with Eq. 16's sigma); arguments as in `sample`.
 
         eta = 0 is deterministic, eta = 1 adds the posterior's noise (with steps = T: Algorithm 2 with "posterior").
-        sigma = eta sqrt(...), so the variance goes with eta^2; a tutorial scales the variance by eta itself.
+        sigma = eta sqrt(...), so the variance goes with eta^2; some code scales the variance by eta itself.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0..1 (0: deterministic DDIM, 1: DDPM's noise), not {eta}")
@@ -349,14 +355,14 @@ class GaussianDiffusion(nn.Module):
     def ddim_invert(self, model, x_0, steps=50):
         """The x_T (B, C, H, W) from which ddim_sample (eta = 0, clip=False) draws x_0: its ODE, run backwards (DDIM Eq. 14).
 
-        The eps of a step s -> t is taken at t: the model was never trained at s = 0. The round trip is exact as steps grow.
+        The eps of a step s -> t is taken at t: the model was never trained at s = 0. The error of a round trip falls as 1/steps.
         """
         x_s, times = x_0, self.walk(steps)[::-1]
         for s, t in itertools.pairwise(times):
             alpha_bar_s = float(self.exact_alpha_bar[s])
             eps, _ = self.predict(model, x_s, t, clip=False)
-            x_0 = (x_s - math.sqrt(1 - alpha_bar_s) * eps) / math.sqrt(alpha_bar_s)
-            x_s = self.q_sample(x_0, t, eps)
+            guess = (x_s - math.sqrt(1 - alpha_bar_s) * eps) / math.sqrt(alpha_bar_s)
+            x_s = self.q_sample(guess, t, eps)
         return x_s
 
 
@@ -364,7 +370,10 @@ class GaussianDiffusion(nn.Module):
 
 
 def cosine_beta_schedule(timesteps=1000, s=0.008, beta_min=0.0, beta_max=0.999):
-    """beta_t of alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), clipped; float64 (T,) (iDDPM Eq. 17)."""
+    """beta_t of alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2); float64 (T,) (iDDPM Eq. 17).
+
+    s > 0 keeps beta_1 from being too small; betas are clipped to beta_min..beta_max. ValueError unless T is whole and >= 1.
+    """
     u = torch.arange(whole(timesteps) + 1, dtype=torch.float64) / timesteps
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(beta_min, beta_max)
@@ -376,13 +385,13 @@ def respace(diffusion, model, steps):
     The new chain has the old alpha_bar at those times, hence betas of 1 - alpha_bar_t / alpha_bar_s for a stride t -> s,
     never beta_t; the network still sees the old t. What it predicts is said again, through eps and x_0, in the new chain's
     terms: only the "mean" belongs to the old, shorter step and changes. So does the "learned" variance, which keeps its
-    ratio to beta-tilde; "learned_range" means the same in both.
+    ratio to beta-tilde; "learned_range" means the same in both. ValueError unless 1 <= steps <= T.
     """
     times = torch.tensor(diffusion.walk(steps)[::-1])
     if steps == diffusion.timesteps:
         return diffusion, model
     alpha_bar = diffusion.exact_alpha_bar[times]
-    betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - 2**-53)
+    betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=1 - 2**-53)          # a long stride can round to beta = 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # about alpha_bar_T: said when `diffusion` was made
         short = GaussianDiffusion(betas, diffusion.prediction, diffusion.variance, diffusion.loss).to(diffusion.beta.device)
@@ -438,8 +447,8 @@ class ImportanceSampler(nn.Module):
 def classifier_free_guidance(network, y, scale, null):
     """network(x_t, t, y) -> a model: eps(null) + scale (eps(y) - eps(null)) in one call on a doubled batch.
 
-    y (B,) int64 are the labels, null the one that means "no label". scale 0 is unconditional, 1 conditional, more is more
-    so: scale = 1 + w for the w of Ho & Salimans 2022 (Eq. 6). Variance channels, if any, are the conditional ones.
+    y (B,) int64 are the labels, null the one that means "no label". scale 0 is unconditional, 1 conditional, and above 1
+    exaggerates the label: scale = 1 + w for the w of Ho & Salimans 2022 (Eq. 6). Variance channels are the conditional ones.
     """
     def model(x_t, t):
         labels = torch.cat([y, torch.full_like(y, null)])
@@ -476,7 +485,7 @@ def classifier_guidance(diffusion, model, log_prob, scale):
 
 
 def check_end(alpha_bar_T, timesteps):
-    """Warn if x_T, which sampling takes for noise, is not; ValueError if nothing of x_0 is left for float32 to see."""
+    """Warn if x_T is not nearly pure noise, which sampling starts from; ValueError if float32 could not hold alpha_bar_T."""
     if alpha_bar_T < 1e-36:
         raise ValueError(f"alpha_bar_T = {alpha_bar_T:.0e} is too small for float32: use fewer steps or smaller betas")
     if alpha_bar_T > 0.01:
@@ -484,7 +493,7 @@ def check_end(alpha_bar_T, timesteps):
         cure = f"a linear schedule from beta_start={start:.3g} to beta_end={end:.3g}" if end < 1 else "the cosine schedule"
         warnings.warn(f"alpha_bar_T = {alpha_bar_T:.3g}: x_T keeps {math.sqrt(alpha_bar_T):.0%} of the image's amplitude, but "
                       "sampling starts from pure noise, which the network never saw; samples suffer. "
-                      f"With T = {timesteps}, {cure} ends in noise", stacklevel=4)
+                      f"With T = {timesteps}, {cure} ends in noise", stacklevel=3)
 
 
 def whole(timesteps):
@@ -495,7 +504,7 @@ def whole(timesteps):
 
 
 def answered(output):
-    """The model (x_t, t) that has been called already, and said `output`."""
+    """A model (x_t, t) that says `output` again, so that one call of the network serves twice."""
     return lambda x_t, t: output
 
 

@@ -2,9 +2,10 @@
 
     python sample.py                                            64 images by all T steps, into samples.pgm (.ppm in colour)
     python sample.py --sampler ddim --steps 20 --out s.png      in a second, as a PNG
-    python sample.py --label Sandal --guidance 3                from a checkpoint that train.py --conditional made
-    python sample.py --n 10000 --out s.npy --score c.pt         for other tools, and its quality in a classifier's eyes
+    python sample.py --checkpoint conditional.pt --label Sandal --guidance 3        after train.py --conditional
+    python sample.py --n 10000 --out s.npy --score classifier.pt                    for other tools, and how good they are
 """
+import argparse
 import datetime
 import functools
 import math
@@ -42,6 +43,8 @@ def parse_args(argv=None):
     flag("--steps", None, "calls of the network per image (default: T for ddpm, 50 for ddim)", type=train.count())
     flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)",
          type=train.number(float, "from 0 to 1", lambda x: 0 <= x <= 1))
+    flag("--clip", True, "hold every predicted x_0 in [-1, 1], as the authors' code does; Algorithm 2 as printed does not",
+         action=argparse.BooleanOptionalAction)
     flag("--batch-size", 256, "images at a time", type=train.count())
     flag("--precision", "auto", "as in train.py; auto asks what this machine does fast", choices=("auto", "fp32", "bf16", "fp16"))
     flag("--compile", False, "torch.compile the network")
@@ -114,11 +117,11 @@ def sampler(args, diffusion):
     if steps > T:
         raise data.WrongChoice(f"--steps {steps} is more than the {T} that {args.checkpoint} was trained with")
     if args.sampler == "ddim":
-        return functools.partial(diffusion.ddim_sample, steps=steps, eta=args.eta or 0.0), steps
+        return functools.partial(diffusion.ddim_sample, steps=steps, eta=args.eta or 0.0, clip=args.clip), steps
 
     def sample(model, shape, **options):
         short, strided = respace(diffusion, model, steps)
-        return short.sample(strided, shape, **options)
+        return short.sample(strided, shape, clip=args.clip, **options)
 
     return sample, steps
 
@@ -265,13 +268,19 @@ def draw_interpolation(args, network, diffusion, checkpoint, device):
 
 
 def draw_nearest(args, checkpoint, pixels):
-    """--nearest: rows of a sample and the 5 training images at the smallest root mean square distance from it."""
-    images, _ = train.load_like(checkpoint, "train", args.data_dir)
-    chosen = pixels[:10]
-    distances = torch.cdist(chosen.flatten(1).float(), images.flatten(1).float()) / math.sqrt(images[0].numel())
-    near, index = distances.topk(min(5, len(images)), largest=False)
-    data.save_image(args.nearest, *rows(chosen, *(images[k] for k in index.T)))
-    print(f"wrote {args.nearest}; the nearest training images are {near[:, 0].mean():.1f} of 255 away on average")
+    """--nearest: rows of a sample and the 5 training images at the smallest root mean square distance from it; and whether
+    samples are nearer to the training set than test images, which nobody can have memorised."""
+    known, test = (train.load_like(checkpoint, split, args.data_dir)[0] for split in ("train", "test"))
+
+    def nearest(images):
+        images = images[:500].flatten(1).float()
+        distances = torch.cat([torch.cdist(images, part.flatten(1).float()) for part in known.split(5000)], dim=1)
+        return (distances / math.sqrt(images.shape[1])).topk(min(5, len(known)), largest=False)
+
+    (near, index), (near_test, _) = nearest(pixels), nearest(test)
+    data.save_image(args.nearest, *rows(pixels[:10], *(known[k] for k in index[:10].T)))
+    print(f"wrote {args.nearest}; {len(near)} samples are on average {near[:, 0].mean():.1f} of 255 away from the nearest training "
+          f"image, {len(near_test)} test images {near_test[:, 0].mean():.1f}")
 
 
 def frechet_distance(f, g):

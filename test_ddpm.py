@@ -1800,9 +1800,14 @@ class Commands(InTemporaryFolder):
             self.assertIn(f"def {name}(", source)
         for pattern in re.findall(r"-k (\w+)", readme):
             self.assertRegex(source, "import" if pattern == "name" else rf"(class|def) \w*{pattern}")
-        table = readme[:readme.index("## The paper's sections")]
-        for name in re.findall(r"\| `(?:GaussianDiffusion\.)?([a-z]\w+)[`(]", table):
-            self.assertTrue(hasattr(GaussianDiffusion(STEEP), name) or hasattr(ddpm, name) or name == "variance", name)
+        for block in re.findall(r"```python\n( +.*?)```", readme, re.S):         # the two algorithms
+            self.assertIn(block, (HERE / "ddpm.py").read_text())
+        rows = [line.split("|")[-2] for line in readme.splitlines() if line.startswith("| ") and "the code" not in line]
+        table = rows[:next(k for k, row in enumerate(rows) if "classifier_guidance" in row) + 1]
+        names = set(re.findall(r"`(\w+)`", " ".join(table))) - {"variance"}
+        self.assertGreater(len(names), 25)
+        for name in names:
+            self.assertTrue(hasattr(GaussianDiffusion(STEEP), name) or hasattr(ddpm, name), name)
 
     def test_importing_the_maths_the_network_and_the_data_costs_torch_and_numpy_and_no_more(self):
         code = ("import sys, torch, numpy; before = set(sys.modules); import ddpm, unet, data\n"

@@ -30,7 +30,7 @@ import data
 import ddpm
 import unet
 
-FORMAT = "ddpm checkpoint 2"
+FORMAT = "ddpm checkpoint 3"
 FREE = {"steps", "compile", "device", "data_dir", "out", "save_every", "resume", "evaluate", "exact"}    # may change on --resume
 
 # ----------------------------------------------------------------------------------------------------- what can be set
@@ -461,7 +461,7 @@ def load_checkpoint(path, device, classifier=False):
                 type(name) is str and len(name) <= 100 and name.isprintable() for name in classes):
             raise ValueError("its classes are not names")
         args = parse_args(argv_of(checkpoint["settings"]))
-        if repr(settings_of(args)) != repr(checkpoint["settings"]):          # == would let a tensor pass for a number
+        if settings_of(args) != checkpoint["settings"]:
             raise ValueError("no flags give its settings")
         with torch.device("meta"):                   # takes no memory, whatever the settings ask for
             network = make_network(args, (C, H, W), classes)
@@ -483,6 +483,9 @@ def argv_of(settings):
     """The flags that give a checkpoint's settings, so that parse_args can check them as it checks a person's."""
     if settings.keys() != settings_of(parse_args([])).keys():
         raise ValueError("it has other settings than this train.py")
+    for value in settings.values():
+        if not all(type(part) in (str, int, float, bool, type(None)) for part in (value if type(value) is tuple else [value])):
+            raise ValueError("its settings are not plain values")
     argv = []
     for name, value in settings.items():
         flag = name.replace("_", "-")
@@ -514,7 +517,10 @@ def copy_into(own, saved):
 def load_like(checkpoint, split, data_dir):
     """Images and labels of the data that a checkpoint was trained on. ValueError if they have become something else."""
     dataset = checkpoint["settings"]["dataset"]
-    images, labels, _ = data.load_chosen(dataset, checkpoint["settings"]["only"], split, data_dir)
+    try:
+        images, labels, _ = data.load_chosen(dataset, checkpoint["settings"]["only"], split, data_dir)
+    except data.WrongChoice as error:
+        raise ValueError(f"{dataset} is no longer what the checkpoint was trained on: {error}") from None
     if tuple(images.shape[1:]) != checkpoint["shape"] or labels.max() >= len(checkpoint["classes"]):
         raise ValueError(f"the checkpoint was trained on images {checkpoint['shape']} of {len(checkpoint['classes'])} classes, "
                          f"but {dataset} ({split}) holds {tuple(images.shape[1:])} of {int(labels.max()) + 1}")
