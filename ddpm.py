@@ -85,10 +85,12 @@ class GaussianDiffusion(nn.Module):
             self.register_buffer(name, table.float(), persistent=False)
 
     def times(self, t, x):
-        """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T (unchecked on a GPU, which would stall)."""
+        """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T (not asked of a GPU: it would stall)."""
         t = torch.as_tensor(t)
         if t.device.type == "cpu" and t.numel() and (t.is_floating_point() or t.min() < 1 or t.max() > self.timesteps):
             raise ValueError(f"t must be whole numbers in 1..{self.timesteps} (1..T, as in the paper), not {t.tolist()}")
+        if t.device.type == "cpu" and t.ndim == 0:
+            return torch.full((len(x),), int(t), device=x.device)               # nothing to copy, so a GPU need not wait
         return t.to(x.device).expand(len(x))
 
     # ------------------------------------------------------------------------------------ Section 2: the forward process

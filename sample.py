@@ -47,7 +47,7 @@ def parse_args(argv=None):
          action=argparse.BooleanOptionalAction)
     flag("--batch-size", 256, "images at a time", type=train.count())
     flag("--precision", "auto", "as in train.py; auto asks what this machine does fast", choices=("auto", "fp32", "bf16", "fp16"))
-    flag("--compile", False, "torch.compile the network")
+    flag("--compile", False, "torch.compile the network; a last batch of another size compiles again")
     flag("--device", None, "cpu, cuda, cuda:1, mps; default: the best there is")
 
     flag = parser.section("output")
@@ -183,9 +183,7 @@ def draw(args, network, classifier, diffusion, checkpoint, labels, device, on_st
             if rank == 0:
                 data.say(f"{drawn} of {args.n} images drawn, {size} more at t = {t}")
 
-        with torch.inference_mode():
-            x_0 = sample(model, (size, *checkpoint["shape"]), on_step=report,
-                         generator=torch.Generator(device).manual_seed(seed))
+        x_0 = sample(model, (size, *checkpoint["shape"]), on_step=report, generator=torch.Generator(device).manual_seed(seed))
         if not torch.isfinite(x_0).all():
             raise ValueError(f"{args.checkpoint} draws numbers that are not finite")
         own[k] = data.to_pixels(x_0).cpu()
@@ -279,8 +277,8 @@ def draw_nearest(args, checkpoint, pixels):
 
     (near, index), (near_test, _) = nearest(pixels), nearest(test)
     data.save_image(args.nearest, *rows(pixels[:10], *(known[k] for k in index[:10].T)))
-    print(f"wrote {args.nearest}; {len(near)} samples are on average {near[:, 0].mean():.1f} of 255 away from the nearest training "
-          f"image, {len(near_test)} test images {near_test[:, 0].mean():.1f}")
+    print(f"wrote {args.nearest}; {len(near)} samples are on average {near[:, 0].mean():.1f} of 255 away from the training image "
+          f"nearest to them, {len(near_test)} test images {near_test[:, 0].mean():.1f}")
 
 
 def frechet_distance(f, g):

@@ -1557,7 +1557,8 @@ class Commands(InTemporaryFolder):
 
         def step_and_signal(run):
             if run.done + 1 == step:
-                os.kill(os.getpid(), number)
+                for _ in range(2 if number == signal.SIGTERM else 1):        # twice, as from a cluster and torchrun's agent
+                    os.kill(os.getpid(), number)
             return real(run)
 
         with mock.patch.object(train.Run, "step", step_and_signal):
@@ -1800,12 +1801,12 @@ class Commands(InTemporaryFolder):
             self.assertIn(f"def {name}(", source)
         for pattern in re.findall(r"-k (\w+)", readme):
             self.assertRegex(source, "import" if pattern == "name" else rf"(class|def) \w*{pattern}")
-        for block in re.findall(r"```python\n( +.*?)```", readme, re.S):         # the two algorithms
+        for block in re.findall(r"```python\n( +.*?)```", readme, re.DOTALL):         # the two algorithms
             self.assertIn(block, (HERE / "ddpm.py").read_text())
         rows = [line.split("|")[-2] for line in readme.splitlines() if line.startswith("| ") and "the code" not in line]
         table = rows[:next(k for k, row in enumerate(rows) if "classifier_guidance" in row) + 1]
         names = set(re.findall(r"`(\w+)`", " ".join(table))) - {"variance"}
-        self.assertGreater(len(names), 25)
+        self.assertGreater(len(names), 20)
         for name in names:
             self.assertTrue(hasattr(GaussianDiffusion(STEEP), name) or hasattr(ddpm, name), name)
 

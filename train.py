@@ -143,9 +143,14 @@ def train(args):
     run = prepare(args)
     if args.resume and run.done >= args.steps:
         return run.say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
-    stopped = []                                     # Ctrl-C and SIGTERM end the loop after the step in hand; twice: at once
-    handlers = {signum: signal.signal(signum, lambda signum, _: sys.exit(1) if stopped else stopped.append(signum))
-                for signum in (signal.SIGINT, signal.SIGTERM)}
+    stopped = []                                 # Ctrl-C and SIGTERM end the loop after the step in hand; Ctrl-C twice: at once
+
+    def stop(signum, _):                             # under torchrun SIGTERM may come twice: to all, and from its agent
+        if stopped and signum == signal.SIGINT:
+            sys.exit(1)
+        stopped.append(signum)
+
+    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     began = reported = time.monotonic()
     first, losses, taken = run.done, torch.zeros((), device=run.device), 0
     while run.done < args.steps and not stop_agreed(stopped, run):
@@ -184,10 +189,11 @@ def prepare(args):
         raise data.WrongChoice(f"--batch-size {args.batch_size} does not divide into {world * args.accumulate} equal parts "
                         "(processes x --accumulate)")
     device = pick_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.type == "mps" and args.checkpointing and args.dropout:
+        raise data.WrongChoice("--checkpointing with --dropout: on mps, blocks computed again would get other masks")
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=datetime.timedelta(hours=1), device_id=gpu)
     if rank == 0:
         data.check_writable(args.out)
     if local > 0:
@@ -234,11 +240,9 @@ class Run:
         self.done = self.skipped = self.skipped_in_a_row = 0      # steps, and those of them whose gradient was not finite
         self.saved = 0                            # done - skipped when --out was written; 0: what is there is another training's
         self.fixed = {"format": FORMAT, "settings": settings_of(args), "shape": tuple(images.shape[1:]), "classes": classes}
-        self.network = make_network(args, self.fixed["shape"], classes).to(device)
-        if device.type == "cuda":
-            self.network.to(memory_format=torch.channels_last)
+        self.network = to_device(make_network(args, self.fixed["shape"], classes), device)
         self.diffusion = make_diffusion(args).to(device)
-        self.importance = ddpm.ImportanceSampler(args.timesteps).to(device)
+        self.importance = ddpm.ImportanceSampler(args.timesteps)         # on the CPU: it takes losses one by one
         self.ema = copy.deepcopy(self.network)
         self.weights, self.averages = list(self.network.parameters()), list(self.ema.parameters())
         self.optimizer = unet.Optimizer(self.network, args.lr, args.weight_decay, muon=args.optimizer == "muon")
@@ -263,7 +267,8 @@ class Run:
     def draw_t(self, x_0):
         """t (B,) and the weights (B,) of their losses: uniform and 1, except for the bound itself (iDDPM Eq. 18)."""
         if self.args.loss == "vlb":
-            return self.importance.draw(len(x_0))
+            t, weights = self.importance.draw(len(x_0))
+            return t.to(self.device), weights.to(self.device)
         return self.diffusion.uniform_t(x_0), torch.ones(len(x_0), device=self.device)
 
     def losses(self, x_0, y, t, noise):
@@ -306,7 +311,7 @@ class Run:
             everyone[self.rank * len(losses):(self.rank + 1) * len(losses)] = losses
             if self.world > 1:
                 dist.all_reduce(everyone)
-            self.importance.update(t, everyone)
+            self.importance.update(t.cpu(), everyone.cpu())
         self.done += 1
         return losses.mean()
 
@@ -471,7 +476,7 @@ def load_checkpoint(path, device, classifier=False):
     if args.classifier != classifier:
         raise ValueError(f"{path} holds a {'classifier, and no ddpm' if args.classifier else 'ddpm, and no classifier'}: see "
                          "train.py --classifier")
-    return network.to(device).eval().requires_grad_(False), make_diffusion(args).to(device), checkpoint
+    return to_device(network, device).eval(), make_diffusion(args).to(device), checkpoint
 
 
 def settings_of(args):
@@ -545,6 +550,11 @@ def make_network(args, shape, classes):
     return unet.NoisyClassifier(network, len(classes)) if args.classifier else network
 
 
+def to_device(network, device):
+    """The network, there, its convolutions laid out as a GPU computes them."""
+    return network.to(device, memory_format=torch.channels_last if torch.device(device).type == "cuda" else torch.preserve_format)
+
+
 def ranks():
     """This process's number, how many there are, and its number on this machine, as torchrun tells it; 0, 1, 0 without."""
     return tuple(int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
@@ -559,6 +569,9 @@ def pick_device(name):
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")           # TF32, which convolutions have without being asked
         return device
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise data.WrongChoice(f"--device {name or best}: {str(error).splitlines()[0]}") from None
@@ -621,7 +634,8 @@ NOT_NEGATIVE = number(float, "of at least 0", lambda x: x >= 0)
 def guarded(main):
     """Run a script's main; what went wrong with a person's file, flag or machine is one line, not a traceback."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    warnings.simplefilter("once")
+    warnings.simplefilter("once", UserWarning)
+    warnings.filterwarnings("ignore", "Grad strides do not match")               # DistributedDataParallel, of 1 x 1 convolutions
     # Linux's malloc gives what a step frees back to the kernel, and waits for it in the next one. Once it has seen a block of
     # almost 32 MiB freed, it keeps as much (mallopt(3)): a tenth less time for a training step, a third for a sampling step.
     torch.empty(2**25 - 2**16, dtype=torch.uint8)

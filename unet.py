@@ -354,13 +354,12 @@ class Optimizer(torch.optim.AdamW):
     """
 
     def __init__(self, network, lr, weight_decay=0.0, muon=True):
-        fused = next(network.parameters()).device.type != "mps"
         # beta_2 = 0.99 rather than Adam's 0.999: a run of minutes should not average gradients over most of itself.
-        super().__init__(network.parameters(), lr, (0.9, 0.99), weight_decay=weight_decay, fused=fused)
+        super().__init__(network.parameters(), lr, (0.9, 0.99), weight_decay=weight_decay, fused=True)
         self.convolutions = [w for name, w in network.named_parameters() if muon and w.ndim == 4 and w.shape[1] > 1
                              and "conv_in" not in name and "conv_out" not in name]
         for w in network.parameters():           # AdamW would do so at its first step; so a new run looks like a saved one
-            self.state[w] = {"step": torch.zeros((), device=w.device if fused else "cpu"),
+            self.state[w] = {"step": torch.zeros((), device=w.device),
                              "exp_avg": torch.zeros_like(w), "exp_avg_sq": torch.zeros_like(w)}
         for w in self.convolutions:
             self.state[w] = {"momentum": torch.zeros_like(w)}
