@@ -60,7 +60,7 @@ def parse_args(argv=None):
     flag("--loss", "mse", "mse is the paper's L_simple; vlb draws t by its loss (iDDPM Eq. 18)", choices=ddpm.CHOICES["loss"])
 
     flag = parser.section("network")
-    flag("--channels", 32, "of the largest feature map (the paper: 128)", type=count(1, 2**14))
+    flag("--channels", 32, "at the highest resolution (the paper: 128)", type=count(1, 2**14))
     flag("--multipliers", "1,2", "channels of each resolution, times --channels (the paper: 1,2,2,2)", type=numbers)
     flag("--blocks", 1, "residual blocks per resolution (the paper: 2)", type=count(1, 64))
     flag("--attention", "", "sizes of the feature maps that get attention, e.g. 7,14; the middle always does (the paper: 16)",
@@ -78,7 +78,7 @@ def parse_args(argv=None):
     flag("--steps", 5500, "optimiser steps (the paper: 800000)", type=count())
     flag("--batch-size", 64, "images per step, of all processes together (the paper: 128)", type=count())
     flag("--accumulate", 1, "compute each batch in this many parts, to save memory", type=count())
-    flag("--optimizer", "muon", "adam is the paper's; muon updates convolutions by orthogonal matrices, which took 21 to "
+    flag("--optimizer", "muon", "adam is the paper's; muon, orthogonalised momentum for convolutions, took 21 to "
          "33 per cent off the Frechet distance after 2000 steps", choices=("muon", "adam"))
     flag("--lr", None, "learning rate after the warm-up; it then falls to 0 (default: 0.01 for muon, 0.005 for adam; the paper: "
          "0.0002, constant)", type=POSITIVE)

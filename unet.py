@@ -7,7 +7,7 @@ and how weights are updated. With
     UNet(in_channels=3, image_size=32, patch=1, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
          dropout=0.1)
 
-it is the paper's CIFAR-10 network, parameter for parameter (35,746,307). The defaults differ for one reason, time on a
+it is the paper's CIFAR-10 network, with as many parameters (35,746,307). The defaults differ for one reason, time on a
 CPU, and in these places:
 
 * patch=2: pixels are gathered 2 x 2 into channels on the way in and spread again on the way out. Feature maps at the
@@ -18,7 +18,7 @@ CPU, and in these places:
 * with any patch above 1, too, g(t) x is added to the output, g learned: near t = T, eps is nearly x_t, and need not be
   carried through a narrow network (after 500 steps of Adam on the linear schedule L_simple is 0.124 with it, 0.139
   without).
-* fewer and narrower blocks, and self-attention in the middle only.
+* fewer and narrower blocks, self-attention in the middle only, and no dropout.
 """
 import math
 import warnings
@@ -184,11 +184,14 @@ class Embedding(nn.Module):
             emb = emb + (self.labels.weight[-1] if y is None else self.labels(y))
         elif y is not None:
             raise ValueError("this network was built without classes (num_classes=None): call it without labels")
-        return F.silu(emb)                       # every block begins with it: done once
+        return F.silu(emb)                       # with which each of the paper's blocks begins: here it is done once
 
 
 class Encoder(nn.Module):
-    """The left half of the U: images (B, in_channels, H, W) -> the last feature map, and those that are handed across."""
+    """The left half of the U: images (B, in_channels, H, W) -> the last feature map, and those that are handed across.
+
+    widths are the levels' channels; make_block(c_in, c_out) and make_attention(level), a list of one or none, make the rest.
+    """
 
     def __init__(self, in_channels, patch, widths, blocks, make_block, make_attention, learned_resampling=True):
         super().__init__()
