@@ -1698,12 +1698,16 @@ class Commands(InTemporaryFolder):
     def test_a_checkpoint_with_wrong_fields_is_refused_before_it_is_used(self):
         self.trained()
         good = self.weights()
-        name = next(iter(good["ema"]))
-        settings = (("channels", 10**9), ("timesteps", 10**12), ("blocks", True), ("blocks", 1.0), ("surprise", 1), ("conditional", 1),
+        name, nested = next(iter(good["ema"])), ("a",)
+        for _ in range(60):
+            nested = (nested, nested)                                       # 2^60 strings for who prints it, a few bytes in a file
+        settings = (("multipliers", nested), ("only", nested),
+                    ("channels", 10**9), ("timesteps", 10**12), ("blocks", True), ("blocks", 1.0), ("surprise", 1), ("conditional", 1),
                     ("beta_end", 7.0), ("variance", "learned"), ("dataset", "photos"), ("multipliers", (1,)), ("multipliers", [1, 2]),
                     ("only", 7), ("only", (("a",),)), ("lr", torch.tensor(0.5)), ("classifier", True), ("flip", "no"), ("lr", good["ema"][name]))
         for field, value in (("format", 7), ("shape", (1, 8, "8")), ("shape", (1, 8, 8.0)), ("shape", (2, 8, 8)), ("shape", [1, 8, 8]), ("classes", [1, 2]),
                              ("classes", ("a" * 10**5, "b", "c")), ("classes", ("\033[2J", "b", "c")),
+                             ("shape", (nested, 8, 8)), ("classes", (nested, "b", "c")), ("step", nested), ("ema", nested),
                              ("classes", ()), ("step", "many"), ("step", -1), ("settings", None), ("settings", {}),
                              *(("settings", {**good["settings"], flag: value}) for flag, value in settings),
                              ("ema", {**good["ema"], name: good["ema"][name][:1]}), ("ema", {}),

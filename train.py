@@ -459,9 +459,9 @@ def load_checkpoint(path, device, classifier=False):
             raise ValueError(f"this train.py reads {FORMAT!r} only")
         if type(checkpoint["shape"]) is not tuple or C not in (1, 3) or not all(
                 type(n) is int and 0 < n <= 2**14 for n in (C, H, W)):
-            raise ValueError(f"there are no images of shape {(C, H, W)}")
+            raise ValueError("its shape is not that of images")
         if type(step) is not int or step < 0:
-            raise ValueError(f"there is no step {step}")
+            raise ValueError("its step is not a number of steps")
         if type(classes) is not tuple or not 1 <= len(classes) <= 2**16 or not all(
                 type(name) is str and len(name) <= 100 and name.isprintable() for name in classes):
             raise ValueError("its classes are not names")
