@@ -1,4 +1,4 @@
-"""The proof that the code is the paper: python -m unittest (offline, about a minute); one test: python -m unittest -k decoder.
+"""The proof that the code is the paper: python -m unittest (offline, about a minute and a half); one test: python -m unittest -k decoder.
 
 Three oracles carry most of it. The Gaussian: if every pixel of x_0 is N(m, s^2), the best possible eps_theta is known in
 closed form (gaussian_eps), so losses, samplers, inversion and bits/dim can be held against known numbers without training;
