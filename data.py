@@ -109,13 +109,16 @@ def load_dataset(name, split="train", root="data"):
 
 def known(name):
     """The Dataset of that name; None for the path of a FILE.npy; else WrongChoice."""
-    if name not in DATASETS and not str(name).endswith(".npy"):
+    if name not in DATASETS and not (str(name).endswith(".npy") and str(name).isprintable()):
         raise WrongChoice(f"unknown data set {name!r}: use {', '.join(DATASETS)}, or the path of a FILE.npy")
     return DATASETS.get(name)
 
 
 def load_chosen(name, only=None, split="train", root="data"):
-    """load_dataset's images and labels, those of the class `only` if it is not None, and the names of all classes."""
+    """load_dataset's images (N, C, H, W) and labels (N,), of the class `only` if that is not None, and all classes' names.
+
+    WrongChoice for an unknown data set or class; ValueError for a class without images, and whatever load_dataset has.
+    """
     images, labels = load_dataset(name, split, root)
     dataset = known(name)
     classes = dataset.classes if dataset else tuple(str(k) for k in range(int(labels.max()) + 1))

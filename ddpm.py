@@ -68,8 +68,8 @@ class GaussianDiffusion(nn.Module):
         divisor = (1 - alpha_bar).clamp(min=betas[0])                            # 1 - alpha_bar_t, but not 0 at t = 0
         posterior_variance = (1 - before) / divisor * beta                       # Eq. 7: 0 at t = 1
         check_end(float(alpha_bar[-1]), self.timesteps)
-        # At t = 1 that is 0, but Eq. 13 divides by its root and iDDPM Eq. 15 takes its logarithm. beta-tilde_2 stands in, also
-        # in "beta", as in Ho's code. Samples do not see it (no noise is added at t = 1); the decoder L_0 does.
+        # At t = 1 posterior_variance is 0, but Eq. 13 divides by its root and iDDPM Eq. 15 takes its logarithm. beta-tilde_2
+        # stands in, also in "beta", as in Ho's code. Samples do not see it (no noise is added at t = 1); the decoder L_0 does.
         stand_in = posterior_variance[2] if self.timesteps > 1 else beta[1]
         positive_posterior = torch.cat([stand_in.expand(2), posterior_variance[2:]])
         fixed_variance = torch.cat([stand_in.expand(2), beta[2:]]) if variance == "beta" else positive_posterior
@@ -316,7 +316,7 @@ class GaussianDiffusion(nn.Module):
     # ------------------------------------------------------- Nichol & Dhariwal 2021, "Improved DDPM": losses with a variance
 
     def l_vlb(self, output, x_0, x_t, t, eps):
-        """T L_{t-1} in bits per dimension (B,), so that its mean over t is the bound without L_T; eps is in x_t already."""
+        """T L_{t-1} in bits per dimension (B,), so that its mean over t is the bound without L_T; x_t holds eps."""
         return self.timesteps * self.vlb_terms(answered(output), x_0, x_t, t, clip=False)
 
     def l_hybrid(self, output, x_0, x_t, t, eps):
@@ -385,9 +385,9 @@ def respace(diffusion, model, steps):
     """A chain of `steps` steps and a model for it: Algorithm 2, the bound and all else on a subsequence of the T times.
 
     The new chain has the old alpha_bar at those times, hence betas of 1 - alpha_bar_t / alpha_bar_s for a stride t -> s,
-    never beta_t; the network still sees the old t. What it predicts is said again, through eps and x_0, in the new chain's
-    terms: only the "mean" belongs to the old, shorter step and changes. So does the "learned" variance, which keeps its
-    ratio to beta-tilde; "learned_range" means the same in both. ValueError unless 1 <= steps <= T.
+    never beta_t; the network still sees the old t. Its prediction is translated, through eps and x_0, into the new chain's
+    terms. Two outputs change by that, as they belong to the old, shorter step: the "mean", and the "learned" variance, which
+    keeps its ratio to beta-tilde. ValueError unless 1 <= steps <= T.
     """
     times = torch.tensor(diffusion.walk(steps)[::-1])
     if steps == diffusion.timesteps:

@@ -43,7 +43,7 @@ def parse_args(argv=None):
     flag("--steps", None, "calls of the network per image (default: T for ddpm, 50 for ddim)", type=train.count())
     flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)",
          type=train.number(float, "from 0 to 1", lambda x: 0 <= x <= 1))
-    flag("--clip", True, "hold every predicted x_0 in [-1, 1], as the authors' code does; Algorithm 2 as printed does not",
+    flag("--clip", True, "hold every predicted x_0 in [-1, 1], as the authors' code does; Algorithm 2 as printed is --no-clip",
          action=argparse.BooleanOptionalAction)
     flag("--batch-size", 256, "images at a time", type=train.count())
     flag("--precision", "auto", "as in train.py; auto asks what this machine does fast", choices=("auto", "fp32", "bf16", "fp16"))
@@ -57,8 +57,8 @@ def parse_args(argv=None):
     flag("--trajectory", None, "also a film strip of 8 images from x_T to x_0, each above its predicted x_0 (Figure 6)",
          metavar="FILE")
     flag("--movie", None, "also the reverse process as an animated PNG", metavar="FILE.png")
-    flag("--nearest", None, "also 10 images, each beside the 5 training images nearest to it: does it memorise?",
-         metavar="FILE")
+    flag("--nearest", None, "also 10 images, each beside the 5 training images nearest to it, and how near 500 are, beside test "
+         "images: does it memorise?", metavar="FILE")
     flag("--score", None, "also the samples' Frechet distance to the test set in the features of this classifier, and its "
          "accuracy on their labels", metavar="FILE.pt")
 
@@ -138,8 +138,8 @@ def choose_labels(args, classes):
     """The label of each image, (n,) int64, or None if there are no classes. data.WrongChoice for a label that cannot be."""
     if classes is None:
         if args.label is not None or args.guidance is not None:
-            raise data.WrongChoice(f"--label and --guidance need labels, and {args.checkpoint} was trained without: make one with "
-                            "train.py --conditional, or name a --classifier")
+            raise data.WrongChoice(f"--label and --guidance need labels, and {args.checkpoint} was trained without: make one "
+                                   "with train.py --conditional, or name a --classifier")
         return None
     if args.label is not None:
         return torch.full((args.n,), data.find_label(args.label, classes))
@@ -230,8 +230,8 @@ def draw_reconstruction(args, network, diffusion, checkpoint, device):
     x_0, y = held_out(args, checkpoint, 10, device)
     model = functools.partial(network, y=y if network.num_classes else None)
     steps = args.steps or min(100, diffusion.timesteps)
-    x_T = diffusion.ddim_invert(model, x_0, steps)           # the way back is clipped: `predict` says why
-    again = diffusion.ddim_sample(model, x_0.shape, steps, x_T=x_T)
+    x_T = diffusion.ddim_invert(model, x_0, steps)
+    again = diffusion.ddim_sample(model, x_0.shape, steps, x_T=x_T, clip=args.clip)
     data.save_image(args.reconstruct, *rows(x_0, x_T, again))
     error = 127.5 * (again - x_0).square().mean().sqrt()
     print(f"reconstruction error, root mean square: {error:.2f} of 255, in {steps} steps")
@@ -255,9 +255,9 @@ def draw_interpolation(args, network, diffusion, checkpoint, device):
     T, weights = diffusion.timesteps, torch.linspace(0, 1, 9)
     steps = args.steps or min(100, T)
     a, b = diffusion.ddim_invert(network, x_0, steps)
-    strips = [diffusion.ddim_sample(network, (9, *x_0.shape[1:]), steps, x_T=slerp(a, b, weights))]
+    strips = [diffusion.ddim_sample(network, (9, *x_0.shape[1:]), steps, x_T=slerp(a, b, weights), clip=args.clip)]
     for t in (T // 4, T // 2, 3 * T // 4):
-        strips.append(diffusion.interpolate(network, *x_0, weights, max(t, 1)))
+        strips.append(diffusion.interpolate(network, *x_0, weights, max(t, 1), clip=args.clip))
     strips = [torch.cat([x_0[:1], strip, x_0[1:]]) for strip in strips]
     data.save_image(args.interpolate, torch.cat(strips), columns=11)
 
@@ -277,8 +277,9 @@ def draw_nearest(args, checkpoint, pixels):
 
     (near, index), (near_test, _) = nearest(pixels), nearest(test)
     data.save_image(args.nearest, *rows(pixels[:10], *(known[k] for k in index[:10].T)))
+    beside = "" if torch.equal(known, test) else f", {len(near_test)} test images {near_test[:, 0].mean():.1f}"
     print(f"wrote {args.nearest}; {len(near)} samples are on average {near[:, 0].mean():.1f} of 255 away from the training image "
-          f"nearest to them, {len(near_test)} test images {near_test[:, 0].mean():.1f}")
+          f"nearest to them{beside}")
 
 
 def frechet_distance(f, g):
@@ -322,7 +323,9 @@ def main(argv=None):
         if not torch.equal(its_diffusion.exact_alpha_bar, diffusion.exact_alpha_bar):
             raise ValueError(f"{args.classifier} was trained with another schedule: its t means other noise (see --schedule)")
     if args.score:                                   # looks at clean images only, for which any schedule will do
-        judge, _, _ = load_classifier(args.score, device, checkpoint)
+        judge, _, seen = load_classifier(args.score, device, checkpoint)
+        if network.num_classes and seen != classes:
+            raise ValueError(f"{args.score} knows other classes than {args.checkpoint}: it cannot tell whether labels are met")
     labels = choose_labels(args, classes)
     _, steps = sampler(args, diffusion)
     if args.compile:

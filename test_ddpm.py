@@ -1436,8 +1436,10 @@ class Commands(InTemporaryFolder):
         self.work_in(self.folder)
         names = {"--forward": (8 * 8, 6 * 8), "--reconstruct": (10 * 8, 3 * 8), "--interpolate": (4 * 8, 11 * 8)}
         self.sampled(*itertools.chain(*((flag, self.folder / f"{flag[2:]}.png") for flag in names)), "--steps", "5")
-        for flag, shape in names.items():
-            self.assertEqual(decode_png((self.folder / f"{flag[2:]}.png").read_bytes())[0].shape[:2], shape)
+        pictures = {flag: decode_png((self.folder / f"{flag[2:]}.png").read_bytes())[0] for flag in names}
+        self.assertEqual({flag: picture.shape[:2] for flag, picture in pictures.items()}, names)
+        self.sampled("--reconstruct", self.folder / "free.png", "--steps", "5", "--no-clip")
+        self.assertFalse(np.array_equal(decode_png((self.folder / "free.png").read_bytes())[0], pictures["--reconstruct"]))
         self.assertFalse(Path("samples.pgm").exists())
 
     def test_labels_guidance_classifiers_and_scores_work_together_or_say_why_not(self):
@@ -1551,7 +1553,7 @@ class Commands(InTemporaryFolder):
 
     # -- stop, go on, and never lose anything
 
-    def stop_at(self, step, number, *argv):
+    def stop_at(self, step, number, *argv, out=None):
         """Train, with a signal in the middle of a step."""
         real = train.Run.step
 
@@ -1562,7 +1564,7 @@ class Commands(InTemporaryFolder):
             return real(run)
 
         with mock.patch.object(train.Run, "step", step_and_signal):
-            return self.train("--steps", "6", *argv)
+            return self.train("--steps", "6", *argv, out=out)
 
     def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_bits(self):
         for options in (("--dropout", "0.1", "--conditional", "--flip"), ("--loss", "vlb", "--variance", "learned_range"),
@@ -1636,6 +1638,10 @@ class Commands(InTemporaryFolder):
                                next(iter(run.weights)).sum() * torch.full((len(x_0),), math.nan)):
             self.refused(train, "not been finite for .* steps; .*Try a lower --lr", "--dataset", self.npy, *SMALL, "--out",
                          self.pt, "--steps", "2000", "--save-every", "5000")
+            self.refused(train, "none of 6 steps had a finite gradient", "--dataset", self.npy, *SMALL, "--out",
+                         self.folder / "none.pt", "--steps", "6")
+            self.assertIn("nothing to save", self.stop_at(3, signal.SIGTERM, out=str(self.folder / "none.pt"))[1])
+        self.assertFalse((self.folder / "none.pt").exists())
         self.assertEqual(Path(self.pt).read_bytes(), before)
 
     def test_a_single_bad_gradient_is_skipped_and_counted(self):
@@ -1769,6 +1775,7 @@ class Commands(InTemporaryFolder):
         self.trained()
         self.trained("--classifier", out=str(self.folder / "classifier.pt"))
         self.trained("--conditional", out=str(self.folder / "conditional.pt"))
+        self.trained(out=str(self.folder / "steps1000.pt"))
         self.work_in(self.folder)
         for script, flags in sorted(set(found)):
             with self.subTest(script + flags):

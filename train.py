@@ -142,7 +142,8 @@ def train(args):
     """Algorithm 1's loop: take steps until all are taken, report every second, save now and then."""
     run = prepare(args)
     if args.resume and run.done >= args.steps:
-        return run.say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
+        run.say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
+        return dist.destroy_process_group() if run.world > 1 else None
     stopped = []                                 # Ctrl-C and SIGTERM end the loop after the step in hand; Ctrl-C twice: at once
 
     def stop(signum, _):                             # under torchrun SIGTERM may come twice: to all, and from its agent
@@ -173,9 +174,12 @@ def train(args):
     if run.world > 1:
         dist.destroy_process_group()
     if run.done < args.steps:
-        run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: the same command with --resume" if run.done > first
-                else "stopped before the first step; there is nothing to save", done=True)
+        run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: the same command with --resume"
+                if run.done - run.skipped > first else "stopped before the first good step; there is nothing to save", done=True)
         sys.exit(128 + stopped[0] if stopped else 1)
+    if run.done - run.skipped == first:
+        raise ValueError(f"none of {run.skipped} steps had a finite gradient; {args.out} was left as it was. Try a lower --lr, "
+                         "or --precision fp32")
     taken, time_taken = run.done - first, datetime.timedelta(seconds=round(time.monotonic() - began))
     named = "" if args.out == "ddpm.pt" else f" --checkpoint {shlex.quote(args.out)}"
     run.say(f"{taken} steps, {taken * args.batch_size:,} images, in {time_taken}; averaged weights in "
@@ -187,7 +191,7 @@ def prepare(args):
     rank, world, local = ranks()
     if args.batch_size % (world * args.accumulate):
         raise data.WrongChoice(f"--batch-size {args.batch_size} does not divide into {world * args.accumulate} equal parts "
-                        "(processes x --accumulate)")
+                               "(processes x --accumulate)")
     device = pick_device(args.device)
     if device.type == "mps" and args.checkpointing and args.dropout:
         raise data.WrongChoice("--checkpointing with --dropout: on mps, blocks computed again would get other masks")
@@ -238,7 +242,7 @@ class Run:
         self.rank, self.world, _ = ranks()
         self.say = data.say if self.rank == 0 else (lambda text, done=False: None)
         self.done = self.skipped = self.skipped_in_a_row = 0      # steps, and those of them whose gradient was not finite
-        self.saved = 0                            # done - skipped when --out was written; 0: what is there is another training's
+        self.saved = 0                            # good steps when --out was written; 0: what is there is another training's
         self.fixed = {"format": FORMAT, "settings": settings_of(args), "shape": tuple(images.shape[1:]), "classes": classes}
         self.network = to_device(make_network(args, self.fixed["shape"], classes), device)
         self.diffusion = make_diffusion(args).to(device)
@@ -322,7 +326,7 @@ class Run:
 
     def save(self, path):
         """Write the checkpoint, if anything has changed: `path` is always a complete one, the old or the new. Another
-        training's of that name is renamed first."""
+        training's file of that name is renamed first."""
         if self.rank > 0 or self.done - self.skipped == self.saved:
             return
         if not all(torch.isfinite(w).all() for w in self.weights):
@@ -347,11 +351,13 @@ class Run:
         with data.damaged(f"{path} is damaged"):
             state = self.state()
             copy_into(state, {name: checkpoint[name] for name in state})
+            if not all(type(value) in (int, float) and math.isfinite(value) for value in checkpoint["scaler"].values()):
+                raise ValueError("its scaler is not made of numbers")
             self.scaler.load_state_dict(checkpoint["scaler"])
             for name, stream in random_streams(self.device).items():
                 if name == "cpu" or name in checkpoint["rng"]:         # a run may go on on another kind of device
                     stream.set_rng_state(checkpoint["rng"][name])
-        self.done = self.saved = checkpoint["step"]
+        self.done = self.saved = checkpoint["step"]                    # skipped steps are counted anew
 
 
 class ClassifierRun(Run):
@@ -403,7 +409,8 @@ def evaluate(args):
     def shown(x):
         return f"{x.mean():.4f}" + (f" +- {1.96 * x.std() / math.sqrt(len(x)):.4f}" if len(x) > 1 else "")
 
-    by_quarter = "  ".join(f"{(weights * simple)[quarter == q].sum() / weights[quarter == q].sum():.4f}" for q in range(4))
+    by_quarter = "  ".join(f"{(weights * simple)[quarter == q].sum() / weights[quarter == q].sum():.4f}"
+                           if (quarter == q).any() else "-" for q in range(4))
     data.say(f"{checkpoint['settings']['dataset']}, test split, {N:,} images, {args.evaluate} at step {checkpoint['step']}",
              done=True)
     print(f"L_simple    {shown((weights * simple).sum(0) / T)}   by quarter of t: {by_quarter}\n"
@@ -460,7 +467,7 @@ def load_checkpoint(path, device, classifier=False):
         if type(checkpoint["shape"]) is not tuple or C not in (1, 3) or not all(
                 type(n) is int and 0 < n <= 2**14 for n in (C, H, W)):
             raise ValueError("its shape is not that of images")
-        if type(step) is not int or step < 0:
+        if type(step) is not int or not 0 <= step <= 10**9:
             raise ValueError("its step is not a number of steps")
         if type(classes) is not tuple or not 1 <= len(classes) <= 2**16 or not all(
                 type(name) is str and len(name) <= 100 and name.isprintable() for name in classes):
@@ -489,7 +496,8 @@ def argv_of(settings):
     if settings.keys() != settings_of(parse_args([])).keys():
         raise ValueError("it has other settings than this train.py")
     for value in settings.values():
-        if not all(type(part) in (str, int, float, bool, type(None)) for part in (value if type(value) is tuple else [value])):
+        if not (all(type(part) is int and 0 < part <= 10**9 for part in value) if type(value) is tuple
+                else type(value) in (str, int, float, bool, type(None))):
             raise ValueError("its settings are not plain values")
     argv = []
     for name, value in settings.items():
@@ -561,7 +569,10 @@ def ranks():
 
 
 def pick_device(name):
-    """The device of that name, seen to work; the best there is if None; a GPU each for torchrun's processes."""
+    """The device of that name, seen to work; the best there is if None; a GPU each for torchrun's processes.
+
+    A GPU becomes the current one, and its matrix products may use TF32.
+    """
     _, world, local = ranks()
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
     try:
@@ -581,7 +592,7 @@ def pick_device(name):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line."""
+    """An argument parser whose complaint is a data.WrongChoice, one line."""
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -594,7 +605,7 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
 
         def flag(name, default, help, **kind):
-            shown = "" if default is None or default is False or default == "" else f" (default: {default})"
+            shown = "" if default in (None, "") or isinstance(default, bool) else f" (default: {default})"
             kind |= {"action": "store_true"} if default is False else {}
             group.add_argument(name, default=default, help=help.replace("%", "%%") + shown, **kind)
 
@@ -616,7 +627,7 @@ def number(kind, wanted, fits):
 
 
 def count(least=1, most=10**9):
-    """A flag's type: a whole number."""
+    """A flag's type: a whole number from `least` to `most`."""
     return number(int, f"of at least {least}" + (f" and at most {most:,}" if most < 10**9 else ""), lambda x: least <= x <= most)
 
 
@@ -636,8 +647,8 @@ def guarded(main):
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     warnings.simplefilter("once", UserWarning)
     warnings.filterwarnings("ignore", "Grad strides do not match")               # DistributedDataParallel, of 1 x 1 convolutions
-    # Linux's malloc gives what a step frees back to the kernel, and waits for it in the next one. Once it has seen a block of
-    # almost 32 MiB freed, it keeps as much (mallopt(3)): a tenth less time for a training step, a third for a sampling step.
+    # Linux's malloc gives what a step frees back to the kernel, and waits for it in the next one. Once a block of almost 32 MiB
+    # has been freed, it keeps up to twice that (mallopt(3)): a tenth less time for a training step, a quarter for a sampling step.
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     name = os.path.basename(sys.argv[0])
     try:

@@ -2,7 +2,7 @@
 
 Nothing here knows about diffusion: a network takes images x (B, C, H, W), integers t (B,) and perhaps labels y (B,),
 and returns images. From top to bottom: the embedding of t, the blocks, the encoder, the U-Net, a classifier,
-and how weights are updated. With
+how it is computed, and how its weights are updated. With
 
     UNet(in_channels=3, image_size=32, patch=1, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
          dropout=0.1)
@@ -247,7 +247,7 @@ class UNet(nn.Module):
         widths = [channels * m for m in multipliers]
         sizes = [math.ceil(image_size / (patch * 2**level)) for level in range(len(widths))]
         if set(attention) - set(sizes):
-            warnings.warn(f"attention at {tuple(attention)}: the feature maps have sizes {tuple(sizes)}", stacklevel=2)
+            warnings.warn(f"attention at {tuple(attention)[:20]}: the feature maps have sizes {tuple(sizes)}", stacklevel=2)
 
         def make_block(c_in, c_out):
             return (ConvNeXtBlock if convnext else ResNetBlock)(c_in, c_out, 4 * channels, dropout, scale_shift)
@@ -325,7 +325,7 @@ class NoisyClassifier(nn.Module):
 
 
 def pick_dtype(precision, device):
-    """What autocast computes in. auto is bf16 where the hardware multiplies matrices in it, else fp32."""
+    """-> the torch.dtype that autocast computes in. auto is bf16 where the hardware multiplies matrices in it, else fp32."""
     if precision == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         units = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
@@ -369,6 +369,7 @@ class Optimizer(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
+        """One step along the gradients, Muon's, then Adam's; those of Muon's weights are gone afterwards."""
         lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
         for w in self.convolutions:
             momentum = self.state[w]["momentum"].lerp_(w.grad, 0.05)
