@@ -9,6 +9,7 @@ those images. And float64: formulas are worked out again with numpy, from the pa
 DDPM_LONG_TESTS=1 makes the kill and mutation tests as long as they should be before a release (minutes).
 """
 import ast
+import concurrent.futures
 import contextlib
 import gzip
 import hashlib
@@ -1516,8 +1517,7 @@ class Commands(InTemporaryFolder):
             self.trained("--precision", "fp32")
             self.trained("--precision", "fp32", "--accumulate", "2", out=str(self.folder / "parts.pt"))
         close(norms[:6], norms[6:], 1e-3)
-        for name, w in self.weights()["model"].items():
-            torch.testing.assert_close(w, self.weights(self.folder / "parts.pt")["model"][name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(self.weights()["model"], self.weights(self.folder / "parts.pt")["model"], rtol=1e-3, atol=1e-4)
 
     def test_the_default_schedule_is_cosine_and_end_points_mean_the_linear_one(self):
         for schedule, *argv in (("cosine",), ("linear", "--beta-end", "0.03"), ("linear", "--schedule", "linear")):
@@ -1743,16 +1743,16 @@ class Commands(InTemporaryFolder):
     def test_two_processes_train_what_one_does_and_draw_what_one_does(self):
         one = self.trained("--precision", "fp32")
         flags = ["--dataset", self.npy, *SMALL, "--steps", "6", "--precision", "fp32"]
-        both = torchrun(2, HERE / "train.py", *flags, "--out", self.folder / "two.pt")
-        self.assertEqual(both.returncode, 0, both.stderr)
-        self.assertEqual(both.stdout.count("Next:"), 1)                      # the first process alone speaks
-        self.assertEqual(one.count("Next:"), 1)
-        for name, w in self.weights()["model"].items():
-            torch.testing.assert_close(w, self.weights(self.folder / "two.pt")["model"][name], rtol=1e-3, atol=1e-4)
         draw = ["--checkpoint", self.pt, "--n", "5", "--batch-size", "2", "--steps", "4"]
+        commands = ((HERE / "train.py", *flags, "--out", self.folder / "two.pt"),
+                    (HERE / "sample.py", *draw, "--out", self.folder / "two.npy"))
+        with concurrent.futures.ThreadPoolExecutor() as pool:                # side by side: they mostly wait for imports
+            trained, drawn = pool.map(lambda command: torchrun(2, *command), commands)
+        self.assertEqual((trained.returncode, drawn.returncode), (0, 0), trained.stderr + drawn.stderr)
+        self.assertEqual(trained.stdout.count("Next:"), 1)                   # the first process alone speaks
+        self.assertEqual(one.count("Next:"), 1)
+        torch.testing.assert_close(self.weights()["model"], self.weights(self.folder / "two.pt")["model"], rtol=1e-3, atol=1e-4)
         self.sampled(*draw[2:], "--out", self.folder / "one.npy")
-        both = torchrun(2, HERE / "sample.py", *draw, "--out", self.folder / "two.npy")
-        self.assertEqual(both.returncode, 0, both.stderr)
         self.assertTrue((np.load(self.folder / "one.npy") == np.load(self.folder / "two.npy")).all())
 
     def test_a_process_that_dies_ends_the_others_with_an_error(self):
