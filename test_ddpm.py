@@ -1638,7 +1638,7 @@ class Commands(InTemporaryFolder):
                                next(iter(run.weights)).sum() * torch.full((len(x_0),), math.nan)):
             self.refused(train, "not been finite for .* steps; .*Try a lower --lr", "--dataset", self.npy, *SMALL, "--out",
                          self.pt, "--steps", "2000", "--save-every", "5000")
-            self.refused(train, "none of 6 steps had a finite gradient", "--dataset", self.npy, *SMALL, "--out",
+            self.refused(train, "has not been finite for 6 steps", "--dataset", self.npy, *SMALL, "--out",
                          self.folder / "none.pt", "--steps", "6")
             self.assertIn("nothing to save", self.stop_at(3, signal.SIGTERM, out=str(self.folder / "none.pt"))[1])
         self.assertFalse((self.folder / "none.pt").exists())
@@ -1683,6 +1683,9 @@ class Commands(InTemporaryFolder):
                 (sample, "none.pt", "--checkpoint", "none.pt"), (train, "none.pt", "--evaluate", "none.pt")):
             with self.subTest(argv):
                 self.refused(script, said, *argv)
+        with mock.patch.dict(os.environ, {"WORLD_SIZE": "2"}):
+            for device in ("cuda:1", "mps"):                    # all processes on one
+                self.refused(train, f"--device {device}: torchrun", *small, "--out", self.pt, "--device", device, code=2)
         self.trained()
         for said, *argv in (("--steps 21 is more than the 20", "--steps", "21"), ("nowhere", "--out", "/nowhere/x.png"),
                             ("nope.pt", "--out", self.folder / "x.png", "--score", "nope.pt")):

@@ -139,47 +139,35 @@ def settled(args, parser):
 
 
 def train(args):
-    """Algorithm 1's loop: take steps until all are taken, report every second, save now and then."""
+    """Algorithm 1: steps, until all are taken or someone stops it; a report every second, a checkpoint now and then."""
     run = prepare(args)
     if args.resume and run.done >= args.steps:
         run.say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
         return dist.destroy_process_group() if run.world > 1 else None
-    stopped = []                                 # Ctrl-C and SIGTERM end the loop after the step in hand; Ctrl-C twice: at once
-
-    def stop(signum, _):                             # under torchrun SIGTERM may come twice: to all, and from its agent
-        if stopped and signum == signal.SIGINT:
-            sys.exit(1)
-        stopped.append(signum)
-
-    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     began = reported = time.monotonic()
     first, losses, taken = run.done, torch.zeros((), device=run.device), 0
-    while run.done < args.steps and not stop_agreed(stopped, run):
-        losses, taken = losses + run.step(), taken + 1
-        if run.skipped_in_a_row >= 100:
-            raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
-                             "was. Try a lower --lr, or --precision fp32")
-        now, last = time.monotonic(), run.done == args.steps
-        if now - reported > 1 or last:
-            speed, skipped = (run.done - first) / (now - began), f"  {run.skipped} steps skipped" if run.skipped else ""
-            left = datetime.timedelta(seconds=round((args.steps - run.done) / speed))
-            run.say(f"step {run.done}/{args.steps}  loss {losses.item() / taken:.4f}  {speed * args.batch_size:.0f} images/s  "
-                    f"{left} left{skipped}", done=last)
-            reported, losses, taken = now, torch.zeros_like(losses), 0
-        if run.done % args.save_every == 0:
-            run.save(args.out)
-    run.save(args.out)
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    with interruptions() as stopped:
+        while run.done < args.steps and not stop_agreed(stopped, run):
+            losses, taken = losses + run.step(), taken + 1
+            last, now = run.done == args.steps, time.monotonic()
+            if run.skipped_in_a_row >= 100 or (last and run.skipped == run.done - first):
+                raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
+                                 "was. Try a lower --lr, or --precision fp32")
+            if now - reported > 1 or last:
+                speed, skipped = (run.done - first) / (now - began), f"  {run.skipped} steps skipped" if run.skipped else ""
+                left = datetime.timedelta(seconds=round((args.steps - run.done) / speed))
+                run.say(f"step {run.done}/{args.steps}  loss {losses.item() / taken:.4f}  {speed * args.batch_size:.0f} images/s  "
+                        f"{left} left{skipped}", done=last)
+                reported, losses, taken = now, torch.zeros_like(losses), 0
+            if run.done % args.save_every == 0:
+                run.save(args.out)
+        run.save(args.out)
     if run.world > 1:
         dist.destroy_process_group()
     if run.done < args.steps:
         run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: the same command with --resume"
                 if run.done - run.skipped > first else "stopped before the first good step; there is nothing to save", done=True)
         sys.exit(128 + stopped[0] if stopped else 1)
-    if run.done - run.skipped == first:
-        raise ValueError(f"none of {run.skipped} steps had a finite gradient; {args.out} was left as it was. Try a lower --lr, "
-                         "or --precision fp32")
     taken, time_taken = run.done - first, datetime.timedelta(seconds=round(time.monotonic() - began))
     named = "" if args.out == "ddpm.pt" else f" --checkpoint {shlex.quote(args.out)}"
     run.say(f"{taken} steps, {taken * args.batch_size:,} images, in {time_taken}; averaged weights in "
@@ -220,6 +208,22 @@ def prepare(args):
                 f"parameters, {device}, {str(run.dtype)[6:]}, steps {run.done} to {args.steps} of {args.batch_size} images",
                 done=True)
     return run
+
+
+@contextlib.contextmanager
+def interruptions():
+    """A list that Ctrl-C and SIGTERM are put into, so that the step in hand can be finished; a second Ctrl-C ends at once."""
+    stopped = []
+
+    def stop(signum, _):                             # under torchrun SIGTERM may come twice: to all, and from its agent
+        if stopped and signum == signal.SIGINT:
+            sys.exit(1)
+        stopped.append(signum)
+
+    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield stopped
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 def stop_agreed(stopped, run):
@@ -281,16 +285,25 @@ class Run:
         return self.diffusion.training_losses(lambda x_t, t: self.model(x_t, t, labels), x_0, t, noise)
 
     def step(self):
-        """One step of the optimiser -> the mean loss of this process's images, on the device.
+        """Lines 2 to 5 of Algorithm 1 -> the mean loss of this process's images, on the device.
 
         Every process draws the whole batch from the same random numbers and works on its own part of it, so that the
         result does not depend on how many processes there are (but for --dropout: all of them have the same masks).
         """
-        self.optimizer.param_groups[0]["lr"] = unet.learning_rate(self.done, self.args.steps, self.args.lr, self.args.warmup)
+        x_0, y = self.batch()                                           # 2: x_0 ~ q(x_0)
+        t, importance = self.draw_t(x_0)                                # 3: t ~ Uniform({1, ..., T})
+        eps = self.diffusion.normal_eps(x_0)                            # 4: eps ~ N(0, I)
+        losses = self.backward(x_0, y, t, eps, importance)              # 5: the gradient of || eps - eps_theta(x_t, t) ||^2,
+        self.descend()                                                  #    and a step along it
+        unet.update_ema(self.averages, self.weights, self.args.ema, self.done)
+        if self.args.loss == "vlb":
+            self.remember(t, losses)
+        self.done += 1
+        return losses.mean()
+
+    def backward(self, x_0, y, t, eps, importance):
+        """Leave in the weights the gradient of the batch's mean loss, and return the losses of this process's part of it."""
         self.optimizer.zero_grad()
-        x_0, y = self.batch()
-        t, importance = self.draw_t(x_0)
-        noise = self.diffusion.normal_eps(x_0)
         size, losses = len(x_0) // (self.world * self.args.accumulate), []
         for k in range(self.args.accumulate):
             first = (self.rank * self.args.accumulate + k) * size
@@ -298,9 +311,13 @@ class Run:
             last = k == self.args.accumulate - 1
             with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    losses.append(self.losses(x_0[part], y[part], t[part], noise[part]))
+                    losses.append(self.losses(x_0[part], y[part], t[part], eps[part]))
                 self.scaler.scale((losses[-1] * importance[part]).mean() / self.args.accumulate).backward()
-        losses = torch.cat(losses).detach()
+        return torch.cat(losses).detach()
+
+    def descend(self):
+        """A step of the optimiser along the gradient, its norm held to 1; none if that is not finite."""
+        self.optimizer.param_groups[0]["lr"] = unet.learning_rate(self.done, self.args.steps, self.args.lr, self.args.warmup)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         if torch.isfinite(norm):
@@ -309,15 +326,14 @@ class Run:
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.scaler.update()
-        unet.update_ema(self.averages, self.weights, self.args.ema, self.done)
-        if self.args.loss == "vlb":
-            everyone = torch.zeros_like(t, dtype=torch.float32)
-            everyone[self.rank * len(losses):(self.rank + 1) * len(losses)] = losses
-            if self.world > 1:
-                dist.all_reduce(everyone)
-            self.importance.update(t.cpu(), everyone.cpu())
-        self.done += 1
-        return losses.mean()
+
+    def remember(self, t, losses):
+        """Tell the importance sampler every process's losses, (B,) at t (B,)."""
+        everyone = torch.zeros_like(t, dtype=torch.float32)
+        everyone[self.rank * len(losses):(self.rank + 1) * len(losses)] = losses
+        if self.world > 1:
+            dist.all_reduce(everyone)
+        self.importance.update(t.cpu(), everyone.cpu())
 
     def state(self):
         """The tensors that steps change, by name; not copies."""
@@ -577,6 +593,8 @@ def pick_device(name):
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
     try:
         device = torch.device(name or best)
+        if world > 1 and (device.index is not None or device.type == "mps"):
+            raise data.WrongChoice(f"--device {name}: torchrun's processes take a GPU each (--device cuda) or share the CPU")
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local)
         torch.zeros(1, device=device).item()
