@@ -437,17 +437,11 @@ def png(pictures, delay=0.0, hold=0.0):
     chunks = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 0 if C == 1 else 2, 0, 0, 0))]
     if len(pictures) > 1:
         chunks.append(chunk(b"acTL", struct.pack(">II", len(pictures), 0)))                          # 0: play for ever
-    sequence = 0
     for k, picture in enumerate(pictures):
         rows = np.concatenate([np.zeros((H, 1), np.uint8), picture.reshape(H, W * C)], axis=1)       # filter 0 in each row
         body = zlib.compress(rows.tobytes(), 9)
         if len(pictures) > 1:
             milliseconds = round(1000 * (delay + (hold if k == len(pictures) - 1 else 0)))
-            chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", sequence, W, H, 0, 0, milliseconds, 1000, 0, 0)))
-            sequence += 1
-        if k == 0:
-            chunks.append(chunk(b"IDAT", body))
-        else:
-            chunks.append(chunk(b"fdAT", struct.pack(">I", sequence) + body))
-            sequence += 1
+            chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", max(2 * k - 1, 0), W, H, 0, 0, milliseconds, 1000, 0, 0)))
+        chunks.append(chunk(b"fdAT", struct.pack(">I", 2 * k) + body) if k > 0 else chunk(b"IDAT", body))
     return b"".join(chunks + [chunk(b"IEND", b"")])

@@ -10,8 +10,7 @@ Conventions. "Eq. 4" is the paper's; other papers are named. t runs 1 .. T as in
 means clean data (beta_0 = 0, alpha_bar_0 = 1), so alpha_bar_{t-1} needs no special case. Images are float32 in [-1, 1].
 A model is any callable (x_t, t) -> prediction, with x_t (B, C, H, W) and t (B,) int64; labels are bound before it comes
 here (a lambda, or one of the guidance wrappers at the end). Schedules are worked out in float64 on the CPU and only then
-rounded to float32: 1 - 0.9999 taken in float32 is off by 1.7e-4 of its value. Small tools stand at the very end; the one to
-know is at(table, t), the entries of a table (T+1,) for the times t (B,), shaped to multiply images.
+rounded to float32: 1 - 0.9999 taken in float32 is off by 1.7e-4 of its value.
 """
 import itertools
 import math
@@ -35,6 +34,11 @@ def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
     return torch.linspace(beta_start, beta_end, whole(timesteps), dtype=torch.float64)
 
 
+def at(coefficients, t):
+    """The entries for t (B,) of a table (T+1,), as (B, 1, 1, 1): ready to multiply images."""
+    return coefficients[t][:, None, None, None]
+
+
 class GaussianDiffusion(nn.Module):
     """The forward process q, the reverse process p_theta, and the two algorithms.
 
@@ -44,13 +48,13 @@ class GaussianDiffusion(nn.Module):
                 "learned_range" (iDDPM Eq. 15) or "learned" (the channels are log sigma_t^2)
     loss        "mse" (L_simple), "l1", "huber", "vlb" (the bound itself), "hybrid" (iDDPM Eq. 16)
 
-    It holds tables (T+1,) in float32 that move with .to(device), and no parameters. ValueError says what is allowed.
+    It holds tables (T+1,) in float32 that move with .to(device), and no parameters. Any other choice is a ValueError.
     """
 
     def __init__(self, betas, prediction="eps", variance="beta", loss="mse"):
         super().__init__()
         betas = torch.as_tensor(betas.cpu() if torch.is_tensor(betas) else betas, dtype=torch.float64)
-        if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
+        if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be one row of numbers strictly between 0 and 1")
         self.timesteps, self.prediction, self.variance, self.loss = len(betas), prediction, variance, loss
         for name, allowed in CHOICES.items():
@@ -64,9 +68,9 @@ class GaussianDiffusion(nn.Module):
         beta = F.pad(betas, (1, 0))                                              # beta_0 = 0: clean data
         alpha = 1 - beta
         alpha_bar = alpha.cumprod(0)                                             # alpha_bar_0 = 1
-        before = F.pad(alpha_bar, (1, 0), value=1)[:-1]                          # alpha_bar_{t-1}
+        alpha_bar_before = F.pad(alpha_bar, (1, 0), value=1)[:-1]                # alpha_bar_{t-1}
         divisor = (1 - alpha_bar).clamp(min=betas[0])                            # 1 - alpha_bar_t, but not 0 at t = 0
-        posterior_variance = (1 - before) / divisor * beta                       # Eq. 7: 0 at t = 1
+        posterior_variance = (1 - alpha_bar_before) / divisor * beta             # Eq. 7: 0 at t = 1
         check_end(float(alpha_bar[-1]), self.timesteps)
         # At t = 1 posterior_variance is 0, but Eq. 13 divides by its root and iDDPM Eq. 15 takes its logarithm. beta-tilde_2
         # stands in, also in "beta", as in Ho's code. Samples do not see it (no noise is added at t = 1); the decoder L_0 does.
@@ -78,14 +82,14 @@ class GaussianDiffusion(nn.Module):
         tables = {
             "beta": beta, "alpha": alpha, "alpha_bar": alpha_bar, "one_minus_alpha_bar": 1 - alpha_bar,
             "posterior_variance": posterior_variance, "fixed_variance": fixed_variance,
-            "x_0_weight": before.sqrt() * beta / divisor, "x_t_weight": alpha.sqrt() * (1 - before) / divisor,      # Eq. 7
-            "log_beta": torch.cat([beta[1:2], beta[1:]]).log(), "log_posterior_variance": positive_posterior.log(),
+            "x_0_weight": alpha_bar_before.sqrt() * beta / divisor,                                                 # Eq. 7
+            "x_t_weight": alpha.sqrt() * (1 - alpha_bar_before) / divisor, "log_posterior_variance": positive_posterior.log(),
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
 
-    def times(self, t, x):
-        """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T (not asked of a GPU: it would stall)."""
+    def per_image(self, t, x):
+        """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T (unless on a GPU, which would stall)."""
         t = torch.as_tensor(t)
         if t.device.type == "cpu" and t.numel() and (t.is_floating_point() or t.min() < 1 or t.max() > self.timesteps):
             raise ValueError(f"t must be whole numbers in 1..{self.timesteps} (1..T, as in the paper), not {t.tolist()}")
@@ -97,17 +101,17 @@ class GaussianDiffusion(nn.Module):
 
     def q_step(self, x_prev, t, noise=None):
         """x_t ~ q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I), one step of the chain (Eq. 2)."""
-        t, noise = self.times(t, x_prev), self.normal_eps(x_prev, noise)
+        t, noise = self.per_image(t, x_prev), self.normal_eps(x_prev, noise)
         return at(self.alpha, t).sqrt() * x_prev + at(self.beta, t).sqrt() * noise
 
     def q_sample(self, x_0, t, noise=None, generator=None):
         """x_t ~ q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), in one go (Eq. 4)."""
-        t, noise = self.times(t, x_0), self.normal_eps(x_0, noise, generator)
+        t, noise = self.per_image(t, x_0), self.normal_eps(x_0, noise, generator)
         return at(self.alpha_bar, t).sqrt() * x_0 + at(self.one_minus_alpha_bar, t).sqrt() * noise
 
     def q_posterior(self, x_0, x_t, t):
         """q(x_{t-1} | x_t, x_0) = N(mu-tilde_t, beta-tilde_t I) -> mean (B, C, H, W), variance (B, 1, 1, 1) (Eqs. 6-7)."""
-        t = self.times(t, x_t)
+        t = self.per_image(t, x_t)
         return at(self.x_0_weight, t) * x_0 + at(self.x_t_weight, t) * x_t, at(self.posterior_variance, t)
 
     # ----------------------------------------------------------------------------------------------- Algorithm 1: training
@@ -117,7 +121,7 @@ class GaussianDiffusion(nn.Module):
         return self.training_losses(model, x_0, t, noise).mean()
 
     def training_losses(self, model, x_0, t=None, noise=None):
-        """Algorithm 1, lines 3 to 5, for images x_0 (B, C, H, W) -> (B,). A t or noise that is given is not drawn."""
+        """Algorithm 1, lines 3 to 5, for images x_0 (B, C, H, W) -> (B,). t and noise are drawn unless given."""
         t = self.uniform_t(x_0, t)                          # 3: t ~ Uniform({1, ..., T})
         eps = self.normal_eps(x_0, noise)                   # 4: eps ~ N(0, I)
         x_t = self.q_sample(x_0, t, eps)                    #    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
@@ -126,7 +130,7 @@ class GaussianDiffusion(nn.Module):
 
     def uniform_t(self, x_0, t=None):
         """t ~ Uniform({1, ..., T}), T included: (B,) int64, unless t is given."""
-        return torch.randint(1, self.timesteps + 1, (len(x_0),), device=x_0.device) if t is None else self.times(t, x_0)
+        return torch.randint(1, self.timesteps + 1, (len(x_0),), device=x_0.device) if t is None else self.per_image(t, x_0)
 
     def normal_eps(self, x, noise=None, generator=None):
         """eps ~ N(0, I) of x's shape, unless `noise` is given. The generator may live on the CPU though x does not."""
@@ -140,7 +144,7 @@ class GaussianDiffusion(nn.Module):
         return loss(output, x_0, x_t, t, eps)
 
     def l_simple(self, output, x_0, x_t, t, eps):
-        """Eq. 14, (B,); a mean over the pixels rather than a sum, so that it reads the same at every image size."""
+        """Eq. 14 for "mse", (B,); a mean over the pixels rather than a sum, so that it reads the same at every image size."""
         prediction, _ = self.split(output, x_t)
         pixelwise = {"l1": F.l1_loss, "huber": F.huber_loss}.get(self.loss, F.mse_loss)
         return pixelwise(prediction, self.target(x_0, x_t, t, eps), reduction="none").flatten(1).mean(1)
@@ -172,25 +176,29 @@ class GaussianDiffusion(nn.Module):
     def predict(self, model, x_t, t, clip=True):
         """One call of the model at x_t (B, C, H, W) -> (eps, x_0), its prediction seen as noise and as image.
 
-        clip=True holds x_0 in [-1, 1], where images live, and derives eps again from it. Algorithm 2 as printed does not
-        clip; the authors' code does, and samples are better for it: Eq. 15 multiplies an error of eps_theta by
-        sqrt(1 - alpha_bar_t) / sqrt(alpha_bar_t), 157 at the paper's t = T. Eq. 11 and DDIM must take eps from this pair: with
-        the network's own eps the clip would not reach Eq. 11 at all, and DDIM's eps would contradict its x_0.
+        clip=True holds x_0 in [-1, 1], where images live. Algorithm 2 as printed does not clip; the authors' code does, and
+        samples are better for it: Eq. 15 multiplies an error of eps_theta by sqrt(1 - alpha_bar_t) / sqrt(alpha_bar_t), 157 at
+        the paper's t = T. eps is then the one that makes x_t out of the clipped x_0 (Eq. 4): with the network's own eps the clip
+        would not reach Eq. 11 at all, and DDIM's eps would contradict its x_0.
         """
-        t = self.times(t, x_t)
-        output, _ = self.split(model(x_t, t), x_t)
-        signal, noise = at(self.alpha_bar, t).sqrt(), at(self.one_minus_alpha_bar, t).sqrt()      # x_t = signal x_0 + noise eps
+        t = self.per_image(t, x_t)
+        return self.read(model(x_t, t), x_t, t, clip)
+
+    def read(self, output, x_t, t, clip):
+        """What `predict` returns, from a model's output: x_0 first, then the eps that belongs to it by Eq. 4."""
+        output, _ = self.split(output, x_t)
+        signal, spread = at(self.alpha_bar, t).sqrt(), at(self.one_minus_alpha_bar, t).sqrt()    # x_t = signal x_0 + spread eps
         if self.prediction == "eps":
-            eps, x_0 = output, (x_t - noise * output) / signal                                        # Eq. 15
-        elif self.prediction == "v":                                                                  # the inverse of target's
-            eps, x_0 = noise * x_t + signal * output, signal * x_t - noise * output
-        else:
-            x_0 = output if self.prediction == "x0" else (output - at(self.x_t_weight, t) * x_t) / at(self.x_0_weight, t)
-            eps = (x_t - signal * x_0) / noise
+            x_0 = (x_t - spread * output) / signal                                                    # Eq. 15
+        elif self.prediction == "x0":
+            x_0 = output
+        elif self.prediction == "mean":                                                               # Eq. 7, solved for x_0
+            x_0 = (output - at(self.x_t_weight, t) * x_t) / at(self.x_0_weight, t)
+        else:                                                                                         # v
+            x_0 = signal * x_t - spread * output
         if clip:
             x_0 = x_0.clamp(-1, 1)
-            eps = (x_t - signal * x_0) / noise
-        return eps, x_0
+        return (x_t - signal * x_0) / spread, x_0
 
     def p_mean_variance(self, model, x_t, t, clip=True):
         """p_theta(x_{t-1} | x_t) -> mean (B, C, H, W), variance, x_0 (B, C, H, W); one call of the model.
@@ -198,9 +206,9 @@ class GaussianDiffusion(nn.Module):
         The variance is (B, 1, 1, 1), or (B, C, H, W) if it is learned. The mean is Eq. 11 (Eqs. 9 and 10 lead there). With
         the pair (eps, x_0) of `predict` it is also Eq. 7 at that x_0, clipped or not.
         """
-        t = self.times(t, x_t)
+        t = self.per_image(t, x_t)
         output = model(x_t, t)
-        eps, x_0 = self.predict(answered(output), x_t, t, clip)
+        eps, x_0 = self.read(output, x_t, t, clip)
         eps_weight = at(self.beta, t) / at(self.one_minus_alpha_bar, t).sqrt()
         mean = (x_t - eps_weight * eps) / at(self.alpha, t).sqrt()                                    # Eq. 11
         return mean, self.sigma_squared(self.split(output, x_t)[1], t), x_0
@@ -211,7 +219,7 @@ class GaussianDiffusion(nn.Module):
             return channels.exp()
         if self.variance == "learned_range":                     # -1 .. 1 runs from beta-tilde_t to beta_t (iDDPM Eq. 15)
             v = (channels + 1) / 2
-            return (v * at(self.log_beta, t) + (1 - v) * at(self.log_posterior_variance, t)).exp()
+            return (v * at(self.beta, t).log() + (1 - v) * at(self.log_posterior_variance, t)).exp()
         return at(self.fixed_variance, t)
 
     # ----------------------------------------------------------------------------------------------- Algorithm 2: sampling
@@ -225,18 +233,18 @@ class GaussianDiffusion(nn.Module):
         """
         x_t, on_step = self.begin(shape, x_T, generator, on_step)               # 1: x_T ~ N(0, I)
         for t in range(self.timesteps, 0, -1):                                  # 2: for t = T, ..., 1 do
-            x_t, x_0 = self.p_sample(model, x_t, t, clip, generator)            # 3-4: x_{t-1} from x_t
-            on_step(t - 1, x_t, x_0)
+            x_t, x_0_hat = self.p_sample(model, x_t, t, clip, generator)        # 3-4: x_{t-1} from x_t
+            on_step(t - 1, x_t, x_0_hat)
         return x_t                                                              # 6: return x_0
 
     @torch.no_grad()
     def p_sample(self, model, x_t, t, clip=True, generator=None, noise=None):
         """Algorithm 2, lines 3 and 4 -> (x_{t-1}, the x_0 predicted on the way). `noise`, if given, is used as z."""
-        t = self.times(t, x_t)
+        t = self.per_image(t, x_t)
         z = self.normal_eps(x_t, noise, generator)
         z = z * (t > 1)[:, None, None, None]                                    # 3: z ~ N(0, I) if t > 1, else z = 0
-        mean, variance, x_0 = self.p_mean_variance(model, x_t, t, clip)
-        return mean + variance.sqrt() * z, x_0                                  # 4: Eq. 11 + sigma_t z
+        mean, variance, x_0_hat = self.p_mean_variance(model, x_t, t, clip)
+        return mean + variance.sqrt() * z, x_0_hat                              # 4: Eq. 11 + sigma_t z
 
     def begin(self, shape, x_T, generator, on_step):
         """What samplers start from: x_T, drawn unless given, and on_step, a no-op unless given, told of x_T."""
@@ -254,9 +262,9 @@ class GaussianDiffusion(nn.Module):
         Returns a dict of float32: total (B,); prior (B,) = L_T; terms (B, T), column t-1 being L_{t-1} (L_0 first), each
         estimated with one draw of x_t. Section 4.3 calls L_0 distortion, and all the rest, L_T included, rate.
         """
-        times = range(1, self.timesteps + 1)
-        terms = [self.vlb_terms(model, x_0, self.q_sample(x_0, t, generator=generator), t, clip) for t in times]
-        terms, prior = torch.stack(terms, dim=1), self.prior_bits(x_0)
+        terms = torch.stack([self.vlb_terms(model, x_0, self.q_sample(x_0, t, generator=generator), t, clip)
+                             for t in range(1, self.timesteps + 1)], dim=1)
+        prior = self.prior_bits(x_0)
         return {"total": prior + terms.sum(1), "prior": prior, "terms": terms}
 
     def prior_bits(self, x_0):
@@ -268,23 +276,23 @@ class GaussianDiffusion(nn.Module):
     def vlb_terms(self, model, x_0, x_t, t, clip=True):
         """L_{t-1} of Eq. 5 in bits per dimension (B,): KL(q(x_{t-1}|x_t,x_0) || p_theta(x_{t-1}|x_t)); L_0 at t = 1.
 
-        With a fixed variance it depends on the model through the distance of the means alone (Eq. 8), and that is a weighted
-        distance of eps (Eq. 12).
+        For t > 1 and a fixed variance only the distance of the means (Eq. 8) depends on the model; without the clip that is a
+        weighted distance of eps (Eq. 12).
         """
-        t = self.times(t, x_t)
+        t = self.per_image(t, x_t)
         mean, variance, _ = self.p_mean_variance(model, x_t, t, clip)
         log_ratio = at(self.log_posterior_variance, t) - variance.log()
         squared_distance = (self.q_posterior(x_0, x_t, t)[0] - mean) ** 2
         nats = (torch.expm1(log_ratio) - log_ratio + squared_distance / variance) / 2          # KL of two Gaussians
         first = t == 1
         if first.any():
-            decoded = -self.decoder_log_likelihood(x_0[first], mean[first], variance.expand_as(mean)[first])
+            decoded = -self.decoder_log_likelihood(x_0[first], mean[first], variance[first])
             nats = nats.masked_scatter(first[:, None, None, None], decoded)
         return nats.flatten(1).mean(1) / math.log(2)
 
     @staticmethod
     def decoder_log_likelihood(x_0, mean, variance):
-        """log p_theta(x_0 | x_1) of Eq. 13, in nats per value, for x_0 in [-1, 1] from 256 levels; all of one shape.
+        """log p_theta(x_0 | x_1) of Eq. 13, in nats per value, for x_0 in [-1, 1] from 256 levels.
 
         The Gaussian's integral over the bin of x_0's level, 2/255 wide; the outermost bins reach to infinity. log(Phi(b) -
         Phi(a)) is taken on the side where both are small, so the tails are exact and need no floor. In float64 on the CPU.
@@ -292,8 +300,7 @@ class GaussianDiffusion(nn.Module):
         x, mean, sigma = x_0.cpu().double(), mean.cpu().double(), variance.cpu().double().sqrt()
         lower = torch.where(x < -0.999, -torch.inf, (x - 1 / 255 - mean) / sigma)
         upper = torch.where(x > 0.999, torch.inf, (x + 1 / 255 - mean) / sigma)
-        mirrored = lower + upper > 0
-        a, b = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
+        a, b = torch.minimum(lower, -upper), torch.minimum(upper, -lower)       # as it is, or its mirror image
         log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
         inside = log_b + torch.log(-torch.expm1((log_a - log_b).clamp(max=-1e-15)))
         return inside.to(x_0.dtype).to(x_0.device)
@@ -304,7 +311,7 @@ class GaussianDiffusion(nn.Module):
     def interpolate(self, model, x_0, x_0_prime, weights, t, clip=True, generator=None):
         """Section 4.4, Figure 8: two images (C, H, W) mixed at time t and decoded from there -> (len(weights), C, H, W).
 
-        Weight 0 is x_0, 1 is x_0_prime. x_t ~ q(x_t | x_0) and x_t' are drawn once each, and every step's z serves all.
+        The weights are the paper's lambda. x_t ~ q(x_t | x_0) and x_t' are drawn once each; all weights share every step's z.
         """
         x_t, x_t_prime = (self.q_sample(x[None], t, generator=generator) for x in (x_0, x_0_prime))
         weights = torch.as_tensor(weights, dtype=torch.float32, device=x_0.device)[:, None, None, None]
@@ -316,8 +323,8 @@ class GaussianDiffusion(nn.Module):
     # ------------------------------------------------------- Nichol & Dhariwal 2021, "Improved DDPM": losses with a variance
 
     def l_vlb(self, output, x_0, x_t, t, eps):
-        """T L_{t-1} in bits per dimension (B,), so that its mean over t is the bound without L_T; x_t holds eps."""
-        return self.timesteps * self.vlb_terms(answered(output), x_0, x_t, t, clip=False)
+        """T L_{t-1} in bits per dimension (B,), so that its mean over t is the bound without L_T. x_t contains eps."""
+        return self.timesteps * self.vlb_terms(lambda x_t, t: output, x_0, x_t, t, clip=False)
 
     def l_hybrid(self, output, x_0, x_t, t, eps):
         """L_simple + 0.001 L_vlb (iDDPM Eq. 16), (B,); L_vlb teaches the variance alone, its mean being held fixed."""
@@ -337,8 +344,7 @@ class GaussianDiffusion(nn.Module):
     def ddim_sample(self, model, shape, steps=50, eta=0.0, x_T=None, clip=True, generator=None, on_step=None):
         """Images (B, C, H, W) in `steps` calls of the model (DDIM Eq. 12, with Eq. 16's sigma); arguments as in `sample`.
 
-        eta = 0 is deterministic, eta = 1 adds the posterior's noise (with steps = T: Algorithm 2 with "posterior").
-        sigma = eta sqrt(...), so the variance goes with eta^2; some code scales the variance by eta itself.
+        eta = 0 is deterministic; eta = 1 is Algorithm 2 with variance "posterior", on the chain of `respace` if steps < T.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0..1 (0: deterministic DDIM, 1: DDPM's noise), not {eta}")
@@ -347,17 +353,17 @@ class GaussianDiffusion(nn.Module):
         for t, s in itertools.pairwise(times):                                 # a stride t -> s: both ends are needed
             alpha_bar_t, alpha_bar_s = self.exact_alpha_bar[[t, s]].tolist()
             sigma = eta * math.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
-            eps, x_0 = self.predict(model, x_t, t, clip)
+            eps, x_0_hat = self.predict(model, x_t, t, clip)
             z = self.normal_eps(x_t, generator=generator) if sigma > 0 else 0.0
-            x_t = math.sqrt(alpha_bar_s) * x_0 + math.sqrt(max(1 - alpha_bar_s - sigma**2, 0)) * eps + sigma * z
-            on_step(s, x_t, x_0)
+            x_t = math.sqrt(alpha_bar_s) * x_0_hat + math.sqrt(max(1 - alpha_bar_s - sigma**2, 0)) * eps + sigma * z
+            on_step(s, x_t, x_0_hat)
         return x_t
 
     @torch.no_grad()
     def ddim_invert(self, model, x_0, steps=50):
         """The x_T (B, C, H, W) from which ddim_sample (eta = 0, clip=False) draws x_0: its ODE, run backwards (DDIM Eq. 14).
 
-        The eps of a step s -> t is taken at t: the model was never trained at s = 0. The error of a round trip falls as 1/steps.
+        A step s -> t uses eps_theta(x_s, t), as s = 0 was never trained. The error of a round trip falls as 1/steps.
         """
         x_s, times = x_0, self.walk(steps)[::-1]
         for s, t in itertools.pairwise(times):
@@ -386,8 +392,8 @@ def respace(diffusion, model, steps):
 
     The new chain has the old alpha_bar at those times, hence betas of 1 - alpha_bar_t / alpha_bar_s for a stride t -> s,
     never beta_t; the network still sees the old t. Its prediction is translated, through eps and x_0, into the new chain's
-    terms. Two outputs change by that, as they belong to the old, shorter step: the "mean", and the "learned" variance, which
-    keeps its ratio to beta-tilde. ValueError unless 1 <= steps <= T.
+    terms. Two outputs depend on the length of a step and change with it: the "mean", and the "learned" variance, which keeps
+    its ratio to beta-tilde. ValueError unless 1 <= steps <= T.
     """
     times = torch.tensor(diffusion.walk(steps)[::-1])
     if steps == diffusion.timesteps:
@@ -402,7 +408,7 @@ def respace(diffusion, model, steps):
     def strided_model(x_t, k):
         t = times[k]
         output = model(x_t, t)
-        eps, x_0 = diffusion.predict(answered(output), x_t, t, clip=False)
+        eps, x_0 = diffusion.read(output, x_t, t, clip=False)
         channels = output[:, x_t.shape[1]:]                  # none at all if sigma_t is fixed
         if diffusion.variance == "learned":
             channels = channels - at(diffusion.log_posterior_variance, t) + at(short.log_posterior_variance, k)
@@ -424,11 +430,10 @@ class ImportanceSampler(nn.Module):
 
     def probabilities(self):
         """p_t for t = 1 .. T, (T,), summing to 1."""
-        T = len(self.losses)
-        if bool((self.losses < 0).any()):
-            return torch.full_like(self.losses[:, 0], 1 / T)
-        p = self.losses.square().mean(1).sqrt()
-        return 0.999 * p / p.sum().clamp(min=1e-30) + 0.001 / T
+        p = self.losses.square().mean(1).sqrt() + 1e-30
+        if (self.losses < 0).any():
+            p = torch.ones_like(p)
+        return 0.999 * p / p.sum() + 0.001 / len(p)
 
     def draw(self, n, generator=None):
         """t (n,) in 1..T, and weights (n,) = 1 / (T p_t): the mean of weights * losses is unbiased for uniform t."""
@@ -467,17 +472,14 @@ def classifier_guidance(diffusion, model, log_prob, scale):
 
     log_prob(x_t, t) -> (B,) is a classifier of noisy images, log p of the label wanted. For every prediction and sampler.
     """
-    def gradient(x_t, t):
-        with torch.inference_mode(False), torch.enable_grad():       # samplers run without gradients; this one is needed
-            x_t = x_t.clone().requires_grad_()
-            return torch.autograd.grad(log_prob(x_t, t.clone()).sum(), x_t)[0]
-
     def guided_model(x_t, t):
         output = model(x_t, t)
-        eps, _ = diffusion.predict(answered(output), x_t, t, clip=False)
-        noise = at(diffusion.one_minus_alpha_bar, t).sqrt()
-        eps = eps - scale * noise * gradient(x_t, t)
-        x_0 = (x_t - noise * eps) / at(diffusion.alpha_bar, t).sqrt()                                 # Eq. 15
+        with torch.inference_mode(False), torch.enable_grad():       # samplers run without gradients; this one is needed
+            x = x_t.clone().requires_grad_()
+            gradient, = torch.autograd.grad(log_prob(x, t.clone()).sum(), x)
+        spread = at(diffusion.one_minus_alpha_bar, t).sqrt()
+        eps = diffusion.read(output, x_t, t, clip=False)[0] - scale * spread * gradient
+        x_0 = (x_t - spread * eps) / at(diffusion.alpha_bar, t).sqrt()                                # Eq. 15
         return torch.cat([diffusion.target(x_0, x_t, t, eps), output[:, x_t.shape[1]:]], dim=1)
 
     return guided_model
@@ -487,7 +489,7 @@ def classifier_guidance(diffusion, model, log_prob, scale):
 
 
 def check_end(alpha_bar_T, timesteps):
-    """Warn if x_T is not nearly pure noise, which sampling starts from; ValueError if float32 could not hold alpha_bar_T."""
+    """Warn if x_T is not nearly pure noise, which sampling starts from; ValueError if alpha_bar_T nears float32's smallest number."""
     if alpha_bar_T < 1e-36:
         raise ValueError(f"alpha_bar_T = {alpha_bar_T:.0e} is too small for float32: use fewer steps or smaller betas")
     if alpha_bar_T > 0.01:
@@ -503,13 +505,3 @@ def whole(timesteps):
     if timesteps != int(timesteps) or timesteps < 1:
         raise ValueError(f"timesteps (T) must be a whole number of at least 1, not {timesteps}")
     return int(timesteps)
-
-
-def answered(output):
-    """A model (x_t, t) that says `output` again, so that one call of the network serves twice."""
-    return lambda x_t, t: output
-
-
-def at(coefficients, t):
-    """The entries for t (B,) of a table (T+1,), as (B, 1, 1, 1): ready to multiply images."""
-    return coefficients[t][:, None, None, None]

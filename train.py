@@ -147,8 +147,8 @@ def train(args):
     began = reported = time.monotonic()
     first, losses, taken = run.done, torch.zeros((), device=run.device), 0
     with interruptions() as stopped:
-        while run.done < args.steps and not stop_agreed(stopped, run):
-            losses, taken = losses + run.step(), taken + 1
+        while run.done < args.steps and not stop_agreed(stopped, run):          # 1: repeat, 6: until converged
+            losses, taken = losses + run.step(), taken + 1                      # 2-5
             last, now = run.done == args.steps, time.monotonic()
             if run.skipped_in_a_row >= 100 or (last and run.skipped == run.done - first):
                 raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
@@ -221,9 +221,11 @@ def interruptions():
         stopped.append(signum)
 
     handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    yield stopped
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    try:
+        yield stopped
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def stop_agreed(stopped, run):
@@ -287,8 +289,9 @@ class Run:
     def step(self):
         """Lines 2 to 5 of Algorithm 1 -> the mean loss of this process's images, on the device.
 
-        Every process draws the whole batch from the same random numbers and works on its own part of it, so that the
-        result does not depend on how many processes there are (but for --dropout: all of them have the same masks).
+        t and eps are drawn here and handed to training_losses: every process draws the whole batch from the same random numbers
+        and works on its own part of it, so that the result does not depend on how many processes there are (but for --dropout:
+        all of them have the same masks).
         """
         x_0, y = self.batch()                                           # 2: x_0 ~ q(x_0)
         t, importance = self.draw_t(x_0)                                # 3: t ~ Uniform({1, ..., T})
@@ -454,11 +457,11 @@ def measure(model, diffusion, x_0, t):
     """One draw of x_t for each image -> L_{t-1} in bits/dim, L_simple, and x_0's squared error: (3, B). One model call."""
     noise = diffusion.normal_eps(x_0)
     x_t = diffusion.q_sample(x_0, t, noise)
-    answer = ddpm.answered(model(x_t, t))
-    eps, _ = diffusion.predict(answer, x_t, t, clip=False)
-    _, guess = diffusion.predict(answer, x_t, t)
+    output = model(x_t, t)
+    eps, _ = diffusion.read(output, x_t, t, clip=False)
+    _, guess = diffusion.read(output, x_t, t, clip=True)
     errors = ((error**2).flatten(1).mean(1) for error in (eps - noise, guess - x_0))
-    return torch.stack([diffusion.vlb_terms(answer, x_0, x_t, t), *errors])
+    return torch.stack([diffusion.vlb_terms(lambda x_t, t: output, x_0, x_t, t), *errors])
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
