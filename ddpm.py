@@ -182,11 +182,7 @@ class GaussianDiffusion(nn.Module):
         would not reach Eq. 11 at all, and DDIM's eps would contradict its x_0.
         """
         t = self.per_image(t, x_t)
-        return self.read(model(x_t, t), x_t, t, clip)
-
-    def read(self, output, x_t, t, clip):
-        """What `predict` returns, from a model's output: x_0 first, then the eps that belongs to it by Eq. 4."""
-        output, _ = self.split(output, x_t)
+        output, _ = self.split(model(x_t, t), x_t)
         signal, spread = at(self.alpha_bar, t).sqrt(), at(self.one_minus_alpha_bar, t).sqrt()    # x_t = signal x_0 + spread eps
         if self.prediction == "eps":
             x_0 = (x_t - spread * output) / signal                                                    # Eq. 15
@@ -208,7 +204,7 @@ class GaussianDiffusion(nn.Module):
         """
         t = self.per_image(t, x_t)
         output = model(x_t, t)
-        eps, x_0 = self.read(output, x_t, t, clip)
+        eps, x_0 = self.predict(lambda x_t, t: output, x_t, t, clip)             # no second call: a model that knows its answer
         eps_weight = at(self.beta, t) / at(self.one_minus_alpha_bar, t).sqrt()
         mean = (x_t - eps_weight * eps) / at(self.alpha, t).sqrt()                                    # Eq. 11
         return mean, self.sigma_squared(self.split(output, x_t)[1], t), x_0
@@ -408,7 +404,7 @@ def respace(diffusion, model, steps):
     def strided_model(x_t, k):
         t = times[k]
         output = model(x_t, t)
-        eps, x_0 = diffusion.read(output, x_t, t, clip=False)
+        eps, x_0 = diffusion.predict(lambda x_t, t: output, x_t, t, clip=False)
         channels = output[:, x_t.shape[1]:]                  # none at all if sigma_t is fixed
         if diffusion.variance == "learned":
             channels = channels - at(diffusion.log_posterior_variance, t) + at(short.log_posterior_variance, k)
@@ -478,7 +474,8 @@ def classifier_guidance(diffusion, model, log_prob, scale):
             x = x_t.clone().requires_grad_()
             gradient, = torch.autograd.grad(log_prob(x, t.clone()).sum(), x)
         spread = at(diffusion.one_minus_alpha_bar, t).sqrt()
-        eps = diffusion.read(output, x_t, t, clip=False)[0] - scale * spread * gradient
+        eps, _ = diffusion.predict(lambda x_t, t: output, x_t, t, clip=False)
+        eps = eps - scale * spread * gradient
         x_0 = (x_t - spread * eps) / at(diffusion.alpha_bar, t).sqrt()                                # Eq. 15
         return torch.cat([diffusion.target(x_0, x_t, t, eps), output[:, x_t.shape[1]:]], dim=1)
 

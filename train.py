@@ -458,10 +458,14 @@ def measure(model, diffusion, x_0, t):
     noise = diffusion.normal_eps(x_0)
     x_t = diffusion.q_sample(x_0, t, noise)
     output = model(x_t, t)
-    eps, _ = diffusion.read(output, x_t, t, clip=False)
-    _, guess = diffusion.read(output, x_t, t, clip=True)
+
+    def answered(x_t, t):
+        return output
+
+    eps, _ = diffusion.predict(answered, x_t, t, clip=False)
+    _, guess = diffusion.predict(answered, x_t, t)
     errors = ((error**2).flatten(1).mean(1) for error in (eps - noise, guess - x_0))
-    return torch.stack([diffusion.vlb_terms(lambda x_t, t: output, x_0, x_t, t), *errors])
+    return torch.stack([diffusion.vlb_terms(answered, x_0, x_t, t), *errors])
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
