@@ -195,7 +195,8 @@ def read_idx(path, sha256=None):
         raise ValueError(f"{path} {'is cut short' if len(values) < size else 'goes on'} after its {size:,} bytes of values")
     if sha256 and hashlib.sha256(head + dimensions + values).hexdigest() != sha256:
         raise ValueError(f"{path} has the wrong checksum (SHA-256)")
-    return np.frombuffer(bytearray(values), dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+    with damaged(f"{path} has a shape that cannot be"):
+        return np.frombuffer(bytearray(values), dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
 
 
 def read_cifar10(path, split="train", md5=None):

@@ -53,7 +53,7 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, betas, prediction="eps", variance="beta", loss="mse"):
         super().__init__()
-        betas = torch.as_tensor(betas.cpu() if torch.is_tensor(betas) else betas, dtype=torch.float64)
+        betas = torch.as_tensor(betas.detach().cpu() if torch.is_tensor(betas) else betas, dtype=torch.float64)
         if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be one row of numbers strictly between 0 and 1")
         self.timesteps, self.prediction, self.variance, self.loss = len(betas), prediction, variance, loss
@@ -90,12 +90,14 @@ class GaussianDiffusion(nn.Module):
 
     def per_image(self, t, x):
         """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T (unless on a GPU, which would stall)."""
+        if x.ndim != 4:
+            raise ValueError(f"images must be (B, C, H, W), not {tuple(x.shape)}; points (B, D) can be (B, D, 1, 1)")
         t = torch.as_tensor(t)
         if t.device.type == "cpu" and t.numel() and (t.is_floating_point() or t.min() < 1 or t.max() > self.timesteps):
             raise ValueError(f"t must be whole numbers in 1..{self.timesteps} (1..T, as in the paper), not {t.tolist()}")
         if t.device.type == "cpu" and t.ndim == 0:
             return torch.full((len(x),), int(t), device=x.device)               # nothing to copy, so a GPU need not wait
-        return t.to(x.device).expand(len(x))
+        return t.to(x.device, torch.int64).expand(len(x))
 
     # ------------------------------------------------------------------------------------ Section 2: the forward process
 
@@ -167,10 +169,10 @@ class GaussianDiffusion(nn.Module):
 
     def split(self, output, x_t):
         """A model's output as (prediction, variance channels), each (B, C, H, W); the latter None if sigma_t is fixed."""
-        expected = (2 if self.learns_variance else 1) * x_t.shape[1]
-        if output.shape[1] != expected or output.shape[2:] != x_t.shape[2:]:
-            raise ValueError(f"variance {self.variance!r} needs a model output of {expected} channels of "
-                             f"{tuple(x_t.shape[2:])}, not {tuple(output.shape[1:])}")
+        B, C, H, W = x_t.shape
+        expected = (B, 2 * C if self.learns_variance else C, H, W)
+        if output.shape != expected:
+            raise ValueError(f"variance {self.variance!r} needs a model output of shape {expected}, not {tuple(output.shape)}")
         return output.chunk(2, dim=1) if self.learns_variance else (output, None)
 
     def predict(self, model, x_t, t, clip=True):
@@ -283,7 +285,7 @@ class GaussianDiffusion(nn.Module):
         first = t == 1
         if first.any():
             decoded = -self.decoder_log_likelihood(x_0[first], mean[first], variance[first])
-            nats = nats.masked_scatter(first[:, None, None, None], decoded)
+            nats = nats.masked_scatter(first[:, None, None, None], decoded.to(nats.dtype))
         return nats.flatten(1).mean(1) / math.log(2)
 
     @staticmethod
@@ -332,9 +334,9 @@ class GaussianDiffusion(nn.Module):
 
     def walk(self, steps):
         """steps + 1 times from T down to 0: round(linspace(0, T, steps + 1)), reversed. ValueError unless 1 <= steps <= T."""
-        if not 1 <= steps <= self.timesteps:
-            raise ValueError(f"steps must lie in 1..{self.timesteps} (T), not {steps}")
-        return np.linspace(0, self.timesteps, steps + 1).round().astype(int).tolist()[::-1]
+        if steps not in range(1, self.timesteps + 1):
+            raise ValueError(f"steps must be a whole number in 1..{self.timesteps} (T), not {steps}")
+        return np.linspace(0, self.timesteps, int(steps) + 1).round().astype(int).tolist()[::-1]
 
     @torch.no_grad()
     def ddim_sample(self, model, shape, steps=50, eta=0.0, x_T=None, clip=True, generator=None, on_step=None):
@@ -378,6 +380,8 @@ def cosine_beta_schedule(timesteps=1000, s=0.008, beta_min=0.0, beta_max=0.999):
 
     s > 0 keeps beta_1 from being too small; betas are clipped to beta_min..beta_max. ValueError unless T is whole and >= 1.
     """
+    if beta_min > beta_max:
+        raise ValueError(f"beta_min {beta_min} is above beta_max {beta_max}")
     u = torch.arange(whole(timesteps) + 1, dtype=torch.float64) / timesteps
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(beta_min, beta_max)
@@ -426,10 +430,10 @@ class ImportanceSampler(nn.Module):
 
     def probabilities(self):
         """p_t for t = 1 .. T, (T,), summing to 1."""
-        p = self.losses.square().mean(1).sqrt() + 1e-30
+        p = self.losses.double().square().mean(1).sqrt() + 1e-30
         if (self.losses < 0).any():
             p = torch.ones_like(p)
-        return 0.999 * p / p.sum() + 0.001 / len(p)
+        return (0.999 * p / p.sum() + 0.001 / len(p)).float()
 
     def draw(self, n, generator=None):
         """t (n,) in 1..T, and weights (n,) = 1 / (T p_t): the mean of weights * losses is unbiased for uniform t."""

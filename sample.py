@@ -4,11 +4,13 @@
     python sample.py --sampler ddim --steps 20 --out s.png      in a second, as a PNG
     python sample.py --checkpoint conditional.pt --label Sandal --guidance 3        after train.py --conditional
     python sample.py --n 10000 --out s.npy --score classifier.pt                    for other tools, and how good they are
+    torchrun --nproc-per-node=8 -- sample.py --n 10000 --out s.npy                  the same on eight GPUs
 """
 import argparse
 import datetime
 import functools
 import math
+import os
 import time
 from pathlib import Path
 
@@ -85,7 +87,10 @@ def check_files(args, colour):
     others = args.forward or args.reconstruct or args.interpolate
     if not args.out and (not others or args.trajectory or args.movie or args.nearest or args.score):
         args.out = "samples.ppm" if colour else "samples.pgm"
-    for path in filter(None, (args.out, *(getattr(args, name) for name in PICTURES))):
+    paths = [path for path in (args.out, *(getattr(args, name) for name in PICTURES)) if path]
+    for path in paths:
+        if [os.path.realpath(other) for other in paths].count(os.path.realpath(path)) > 1:
+            raise data.WrongChoice(f"{path}: two pictures would go there; give each a name of its own")
         if colour and Path(path).suffix.lower() == ".pgm":
             raise data.WrongChoice(f"{path}: a .pgm is grey, and {args.checkpoint} draws in colour; use .ppm or .png")
         if train.ranks()[0] == 0:
@@ -369,6 +374,7 @@ def write(args, classes, pixels, labels, frames):
     if path.suffix.lower() == ".npy":
         with data.atomic(path) as file:
             np.save(file, pixels.numpy())
+        path.with_suffix(".labels.npy").unlink(missing_ok=True)          # an older file's labels are not these images'
         if labels is not None:
             with data.atomic(path.with_suffix(".labels.npy")) as file:
                 np.save(file, labels.numpy())

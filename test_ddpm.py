@@ -211,6 +211,17 @@ class Section2ForwardProcess(unittest.TestCase):
                 GaussianDiffusion(STEEP).q_sample(torch.zeros(2, 1, 1, 1), t)
         with self.assertRaisesRegex(ValueError, "too small for float32"):
             GaussianDiffusion(linear_beta_schedule(1000, 0.02, 0.98))
+        with self.assertRaisesRegex(ValueError, r"must be \(B, C, H, W\), not \(5, 2\)"):       # and not broadcast to something else
+            GaussianDiffusion(STEEP).training_loss(lambda x_t, t: x_t, torch.zeros(5, 2))
+        for wrong in (torch.zeros(1, 1, 2, 2), torch.zeros(2, 1, 2, 1), torch.zeros(2, 2, 2, 2)):
+            with self.assertRaisesRegex(ValueError, r"output of shape \(2, 1, 2, 2\)"):
+                GaussianDiffusion(STEEP).predict(lambda x_t, t, wrong=wrong: wrong, torch.zeros(2, 1, 2, 2), 3)
+
+    def test_whatever_whole_numbers_t_is_made_of_the_model_gets_int64(self):
+        d, x = GaussianDiffusion(STEEP), noise(2, 1, 3, 3)
+        for t in (7, torch.tensor(7), torch.tensor([7, 7], dtype=torch.int32), torch.tensor([7, 7], dtype=torch.uint8), np.int64(7)):
+            eps, _ = d.predict(lambda x_t, t: x_t * 0 + t[:, None, None, None] * (t.dtype == torch.int64), x, t, clip=False)
+            close(eps, torch.full_like(x, 7), 1e-4)
 
     def test_a_schedule_that_does_not_end_in_noise_warns_and_names_the_cure(self):
         with self.assertWarnsRegex(UserWarning, r"alpha_bar_T = 0\.0\d+.*beta_start=0\.000333 to beta_end=0\.0667"):
@@ -529,6 +540,17 @@ class Section4Likelihood(unittest.TestCase):
             got = d.vlb_terms(model, x_0, d.q_sample(x_0, t, eps), t, clip=False) * math.log(2)
             close(got[0], weight * 0.01, 1e-4)
 
+    def test_the_bound_is_the_same_whichever_of_images_tables_and_model_are_in_double_precision(self):
+        for x, tables, model in itertools.product((torch.float32, torch.float64), repeat=3):
+            d = GaussianDiffusion(STEEP).to(tables)
+            x_0 = (noise(2, 1, 4, 4) / 3).to(x)
+            bits = d.bits_per_dim(lambda x_t, t, to=model: x_t.to(to) / 2, x_0, generator=torch.Generator().manual_seed(0))["total"]
+            again = GaussianDiffusion(STEEP).bits_per_dim(lambda x_t, t: x_t / 2, noise(2, 1, 4, 4) / 3,
+                                                          generator=torch.Generator().manual_seed(0))["total"]
+            if x == torch.float32:                                   # a generator draws other numbers in another precision
+                close(bits, again, 1e-4)
+            self.assertTrue(torch.isfinite(bits).all())
+
     def test_l_T_of_the_papers_schedule_is_about_1e_5_bits(self):
         bits = GaussianDiffusion(linear_beta_schedule()).prior_bits(torch.full((1, 1, 2, 2), 0.7))
         self.assertTrue(5e-6 < float(bits) < 5e-5, bits)
@@ -658,6 +680,9 @@ class ImprovedDDPM(unittest.TestCase):
         other = ddpm.ImportanceSampler(4, history=3)
         other.load_state_dict(sampler.state_dict())
         close(other.probabilities(), sampler.probabilities())
+        for extreme in (0.0, 3e38):
+            other.losses.fill_(extreme)
+            close(other.probabilities(), torch.full((4,), 0.25), 1e-6)
 
 
 class DDIM(unittest.TestCase):
@@ -826,6 +851,8 @@ class AppendixBNetwork(unittest.TestCase):
             for H, W in ((28, 28), (32, 32), (17, 30), (1, 1), (3, 2)):
                 self.assertEqual(net(torch.randn(2, 1, H, W), torch.tensor([0, 4000])).shape, (2, 1, H, W))
         self.assertEqual(unet.UNet(3, 6)(torch.randn(1, 3, 9, 9), torch.tensor([1])).shape, (1, 6, 9, 9))
+        for dtype in (torch.float64, torch.bfloat16):
+            self.assertEqual(unet.UNet().to(dtype)(torch.randn(2, 1, 8, 8, dtype=dtype), torch.tensor([1, 9])).dtype, dtype)
 
     def test_it_starts_at_zero_and_every_parameter_gets_a_gradient(self):
         for options in ({}, {"convnext": True}, {"scale_shift": True}, {"attention": (14, 7), "heads": 2}, {"num_classes": 3},
@@ -1027,6 +1054,8 @@ class ReadingFiles(InTemporaryFolder):
         good = idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
         bad = {"empty": b"", "magic": b"\1" + good[1:], "type": good[:2] + b"\7" + good[3:], "cut header": good[:10],
                "cut short": good[:-1], "goes on": good + b"x", "no dimensions": bytes([0, 0, 8, 0]),
+               "too many dimensions": bytes([0, 0, 8, 255]) + struct.pack(">I", 1) * 255 + b"x",
+               "too large though empty": bytes([0, 0, 8, 4]) + struct.pack(">4I", 0, *[2**32 - 1] * 3),
                "announces": good[:4] + b"\xff" * 12 + good[16:], "more than": good[:4] + struct.pack(">3I", 2, 3, 10**6) + good[16:],
                "cut gzip": gzip.compress(good)[:-9], "gzip checksum": gzip.compress(good)[:-8] + b"12345678",
                "directory": None}
@@ -1447,6 +1476,8 @@ class Commands(InTemporaryFolder):
         self.trained("--conditional")
         classifier, out = str(self.folder / "c.pt"), self.folder / "s.npy"
         self.assertIn("sample.py --score", self.trained("--classifier", out=classifier))
+        self.refused(sample, "two pictures", "--checkpoint", self.pt, "--out", "a.png", "--movie", "../" + Path.cwd().name + "/a.png",
+                     code=2)
         self.sampled("--n", "7", "--out", out)
         self.assertEqual(np.load(self.folder / "s.labels.npy").tolist(), [0, 1, 2, 0, 1, 2, 0])
         self.sampled("--n", "6", "--out", self.folder / "s.png", "--guidance", "3")
@@ -1454,6 +1485,10 @@ class Commands(InTemporaryFolder):
         said = self.sampled("--n", "4", "--label", "2", "--guidance", "0", "--out", out, "--score", classifier)
         self.assertRegex(said, r"Frechet distance \d+\.\d+ .*classes drawn: \[\d+, \d+, \d+\]; accuracy .*%")
         self.sampled("--n", "2", "--label", "1", "--classifier", classifier, "--guidance", "2", "--out", out, "--steps", "5")
+        plain = str(self.folder / "plain.pt")
+        self.trained(out=plain)
+        self.sampled("--checkpoint", plain, "--n", "2", "--out", out, "--steps", "2")
+        self.assertFalse((self.folder / "s.labels.npy").exists())                   # they would be other images' labels
         self.refused(sample, "no label '7': use an index 0..2 or one of 0, 1, 2", "--checkpoint", self.pt, "--label", "7")
         self.refused(sample, "holds a classifier", "--checkpoint", classifier)
         other = str(self.folder / "linear.pt")
@@ -1654,6 +1689,18 @@ class Commands(InTemporaryFolder):
         with mock.patch.object(train.Run, "losses", sometimes):
             self.assertIn("1 steps skipped", self.trained())
         self.assertTrue(all(torch.isfinite(w).all() for w in self.weights()["ema"].values()))
+
+    def test_a_run_whose_last_step_is_skipped_is_saved_at_its_end(self):
+        real, bad = train.Run.losses, [6]
+
+        def sometimes(run, *batch):
+            bad[0] -= 1
+            return real(run, *batch) * (math.nan if bad[0] == 0 else 1)
+
+        with mock.patch.object(train.Run, "losses", sometimes):
+            self.trained("--save-every", "5")
+        self.assertEqual(self.weights()["step"], 6)
+        self.assertIn("has all its 6 steps", self.trained("--resume"))
 
     # -- what must be refused
 

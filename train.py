@@ -150,7 +150,7 @@ def train(args):
         while run.done < args.steps and not stop_agreed(stopped, run):          # 1: repeat, 6: until converged
             losses, taken = losses + run.step(), taken + 1                      # 2-5
             last, now = run.done == args.steps, time.monotonic()
-            if run.skipped_in_a_row >= 100 or (last and run.skipped == run.done - first):
+            if run.skipped_in_a_row >= 100 or (last and run.skipped == run.done):
                 raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
                                  "was. Try a lower --lr, or --precision fp32")
             if now - reported > 1 or last:
@@ -166,7 +166,7 @@ def train(args):
         dist.destroy_process_group()
     if run.done < args.steps:
         run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: the same command with --resume"
-                if run.done - run.skipped > first else "stopped before the first good step; there is nothing to save", done=True)
+                if run.skipped < run.done else "stopped before the first good step; there is nothing to save", done=True)
         sys.exit(128 + stopped[0] if stopped else 1)
     taken, time_taken = run.done - first, datetime.timedelta(seconds=round(time.monotonic() - began))
     named = "" if args.out == "ddpm.pt" else f" --checkpoint {shlex.quote(args.out)}"
@@ -248,7 +248,7 @@ class Run:
         self.rank, self.world, _ = ranks()
         self.say = data.say if self.rank == 0 else (lambda text, done=False: None)
         self.done = self.skipped = self.skipped_in_a_row = 0      # steps, and those of them whose gradient was not finite
-        self.saved = 0                            # good steps when --out was written; 0: what is there is another training's
+        self.saved = 0                            # the step at which --out was written; 0: what is there is another training's
         self.fixed = {"format": FORMAT, "settings": settings_of(args), "shape": tuple(images.shape[1:]), "classes": classes}
         self.network = to_device(make_network(args, self.fixed["shape"], classes), device)
         self.diffusion = make_diffusion(args).to(device)
@@ -346,13 +346,13 @@ class Run:
     def save(self, path):
         """Write the checkpoint, if anything has changed: `path` is always a complete one, the old or the new. Another
         training's file of that name is renamed first."""
-        if self.rank > 0 or self.done - self.skipped == self.saved:
+        if self.rank > 0 or self.done in (self.saved, self.skipped):          # skipped: there was no good step
             return
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise ValueError(f"the weights are no longer finite numbers; {path} was left as it was. Try a lower --lr")
         if self.saved == 0 and os.path.exists(path):
             data.keep_older(path)
-        self.saved = self.done - self.skipped
+        self.saved = self.done
         content = io.BytesIO()
         torch.save({**self.fixed, **self.state(), "step": self.done, "scaler": self.scaler.state_dict(),
                     "rng": {name: stream.get_rng_state() for name, stream in random_streams(self.device).items()}}, content)

@@ -179,7 +179,7 @@ class Embedding(nn.Module):
             nn.init.zeros_(self.labels.weight[-1])
 
     def forward(self, t, y=None):
-        emb = self.mlp(timestep_embedding(t, self.channels))
+        emb = self.mlp(timestep_embedding(t, self.channels).to(self.mlp[0].weight.dtype))
         if self.labels is not None:
             emb = emb + (self.labels.weight[-1] if y is None else self.labels(y))
         elif y is not None:
