@@ -343,6 +343,7 @@ class GaussianDiffusion(nn.Module):
         """Images (B, C, H, W) in `steps` calls of the model (DDIM Eq. 12, with Eq. 16's sigma); arguments as in `sample`.
 
         eta = 0 is deterministic; eta = 1 is Algorithm 2 with variance "posterior", on the chain of `respace` if steps < T.
+        sigma goes with eta, so the variance with eta^2; some code scales the variance by eta itself.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0..1 (0: deterministic DDIM, 1: DDPM's noise), not {eta}")
@@ -476,7 +477,7 @@ def classifier_guidance(diffusion, model, log_prob, scale):
         output = model(x_t, t)
         with torch.inference_mode(False), torch.enable_grad():       # samplers run without gradients; this one is needed
             x = x_t.clone().requires_grad_()
-            gradient, = torch.autograd.grad(log_prob(x, t.clone()).sum(), x)
+            gradient = torch.autograd.grad(log_prob(x, t.clone()).sum(), x)[0]
         spread = at(diffusion.one_minus_alpha_bar, t).sqrt()
         eps, _ = diffusion.predict(lambda x_t, t: output, x_t, t, clip=False)
         eps = eps - scale * spread * gradient
