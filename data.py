@@ -228,6 +228,8 @@ def read_cifar10(path, split="train", md5=None):
 
 def load_npy(path, split):
     """Images and labels of a FILE.npy: see load_dataset."""
+    if not path.exists():
+        raise WrongChoice(f"there is no {path}")
     labelled = path.with_suffix(".labels.npy").exists()
     if split == "test" and path.with_suffix(".test.npy").exists():
         path = path.with_suffix(".test.npy")
@@ -372,16 +374,16 @@ def keep_older(path):
 
 
 def check_writable(path):
-    """OSError now, rather than after hours of work, if `path` could not be written."""
+    """WrongChoice now, rather than an OSError after hours of work, if `path` could not be written."""
     folder = os.path.dirname(os.path.realpath(path))
     try:
         exists = os.path.exists(path)
         if (exists and not os.path.isfile(path)) or not os.access(path if exists else folder, os.W_OK):
-            raise OSError(errno.EACCES, "cannot be written")
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise WrongChoice(f"{path} cannot be written: {error.strerror}") from None
 
 
 def grid(images, columns=None):

@@ -1720,7 +1720,7 @@ class Commands(InTemporaryFolder):
             with self.subTest(argv):
                 self.refused(script, said, *argv, code=2)
 
-    def test_wrong_values_are_one_line_too(self):
+    def test_wrong_values_are_one_line_and_exit_code_2_too(self):
         small = ("--dataset", self.npy, *SMALL, "--steps", "2")
         for script, said, *argv in (
                 (train, "unknown data set 'cats'", "--dataset", "cats"), (train, "none.npy", "--dataset", "none.npy"),
@@ -1729,14 +1729,14 @@ class Commands(InTemporaryFolder):
                 (train, "--device", *small, "--device", "toaster"), (train, "cannot be written", *small, "--out", "/dev/null"),
                 (sample, "none.pt", "--checkpoint", "none.pt"), (train, "none.pt", "--evaluate", "none.pt")):
             with self.subTest(argv):
-                self.refused(script, said, *argv)
+                self.refused(script, said, *argv, code=2)
         with mock.patch.dict(os.environ, {"WORLD_SIZE": "2"}):
             for device in ("cuda:1", "mps"):                    # all processes on one
                 self.refused(train, f"--device {device}: torchrun", *small, "--out", self.pt, "--device", device, code=2)
         self.trained()
         for said, *argv in (("--steps 21 is more than the 20", "--steps", "21"), ("nowhere", "--out", "/nowhere/x.png"),
                             ("nope.pt", "--out", self.folder / "x.png", "--score", "nope.pt")):
-            self.refused(sample, said, "--checkpoint", self.pt, *argv)
+            self.refused(sample, said, "--checkpoint", self.pt, *argv, code=2)
 
     def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(self):
         class Bomb:

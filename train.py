@@ -478,7 +478,7 @@ def load_checkpoint(path, device, classifier=False):
     (weights_only), and every field is checked before it is used: ValueError says what is wrong with `path`.
     """
     if not os.path.exists(path):
-        raise ValueError(f"there is no {path}: make it with python train.py, or name another one")
+        raise data.WrongChoice(f"there is no {path}: make it with python train.py, or name another one")
     with data.damaged(f"{path} is not a checkpoint of train.py, or is damaged"):
         with zipfile.ZipFile(path) as archive:       # what torch.save writes: an archive that is not compressed
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
@@ -504,7 +504,7 @@ def load_checkpoint(path, device, classifier=False):
             raise ValueError("its weights are larger than itself")
         copy_into(network.to_empty(device="cpu").state_dict(), checkpoint["ema"])
     if args.classifier != classifier:
-        raise ValueError(f"{path} holds a {'classifier, and no ddpm' if args.classifier else 'ddpm, and no classifier'}: see "
+        raise data.WrongChoice(f"{path} holds a {'classifier, and no ddpm' if args.classifier else 'ddpm, and no classifier'}: see "
                          "train.py --classifier")
     return to_device(network, device).eval(), make_diffusion(args).to(device), checkpoint
 
