@@ -375,12 +375,10 @@ def keep_older(path):
 
 def check_writable(path):
     """WrongChoice now, rather than an OSError after hours of work, if `path` could not be written."""
-    folder = os.path.dirname(os.path.realpath(path))
     try:
-        exists = os.path.exists(path)
-        if (exists and not os.path.isfile(path)) or not os.access(path if exists else folder, os.W_OK):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-        with tempfile.TemporaryFile(dir=folder):
+        if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
+            raise OSError(errno.EINVAL, "it is not a file, or is write-protected")
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
             pass
     except OSError as error:
         raise WrongChoice(f"{path} cannot be written: {error.strerror}") from None
