@@ -180,7 +180,7 @@ def draw(args, network, classifier, diffusion, checkpoint, labels, device, on_st
         size = min(args.batch_size, args.n - starts[k])
         y = None if labels is None else labels[starts[k]:starts[k] + size].to(device)
         model = bind(args, network, classifier, diffusion, y)
-        seed = int(np.random.SeedSequence([args.seed, k]).generate_state(1, np.uint64)[0] >> 1)
+        seed = int(np.random.SeedSequence([args.seed, k]).generate_state(1, np.uint64)[0]) >> 1
 
         def report(t, x_t, x_0, first=k == 0, drawn=starts[k], size=size):
             if first:
