@@ -334,9 +334,10 @@ def say(text, done=False):
     terminal = sys.stdout.isatty()
     if done or time.monotonic() - _last_said > (0.1 if terminal else 10):
         _last_said = time.monotonic()
-        if terminal:
-            text = f"\r{text if done else text[:shutil.get_terminal_size().columns - 1]}\033[K"
-        print(text, end="" if terminal and not done else "\n", flush=True)
+        if terminal:                                 # the cursor waits at the left, where an error or a prompt may follow
+            width = shutil.get_terminal_size().columns - 1
+            text = (text if done else text[:width]).ljust(width)
+        print(text, end="\r" if terminal and not done else "\n", flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------- writing files
@@ -365,11 +366,15 @@ def atomic(path):
 def keep_older(path):
     """Give the file that a new one would replace another name: ddpm.1.pt, ddpm.2.pt, ..."""
     stem, suffix = os.path.splitext(path)
-    kept = next(name for k in range(1, 10**6) if not os.path.exists(name := f"{stem}.{k}{suffix}"))
-    try:
-        os.link(os.path.realpath(path), kept)        # two names for a moment: `path` is there all the time
-    except OSError:
-        shutil.copy2(path, kept)
+    for kept in (f"{stem}.{k}{suffix}" for k in range(1, 10**6)):
+        if not os.path.exists(kept):
+            try:
+                os.link(os.path.realpath(path), kept)        # two names for a moment: `path` is there all the time
+            except FileExistsError:                          # another process was faster
+                continue
+            except OSError:                                  # a file system without links
+                shutil.copy2(path, kept)
+            break
     say(f"{path} was there already and is now {kept}", done=True)
 
 

@@ -82,15 +82,16 @@ def parse_args(argv=None):
     return args
 
 
-def check_files(args, colour):
+def check_files(args, checkpoint):
     """Settle where samples go, if they are wanted, and see to it that every file can be written, before any work is done."""
-    others = args.forward or args.reconstruct or args.interpolate
+    colour, others = checkpoint["shape"][0] == 3, args.forward or args.reconstruct or args.interpolate
     if not args.out and (not others or args.trajectory or args.movie or args.nearest or args.score):
         args.out = "samples.ppm" if colour else "samples.pgm"
     paths = [path for path in (args.out, *(getattr(args, name) for name in PICTURES)) if path]
+    taken = [os.path.realpath(path).casefold() for path in (*paths, checkpoint["settings"]["dataset"])]     # A.png may be a.png
     for path in paths:
-        if [os.path.realpath(other) for other in paths].count(os.path.realpath(path)) > 1:
-            raise data.WrongChoice(f"{path}: two pictures would go there; give each a name of its own")
+        if taken.count(os.path.realpath(path).casefold()) > 1:
+            raise data.WrongChoice(f"{path}: two pictures would go there, or it is the data set; give each a name of its own")
         if colour and Path(path).suffix.lower() == ".pgm":
             raise data.WrongChoice(f"{path}: a .pgm is grey, and {args.checkpoint} draws in colour; use .ppm or .png")
         if train.ranks()[0] == 0:
@@ -175,7 +176,7 @@ def draw(args, network, classifier, diffusion, checkpoint, labels, device, on_st
     """
     rank, world, _ = train.ranks()
     sample, steps = sampler(args, diffusion)
-    starts, own, began = range(0, args.n, args.batch_size), {}, time.monotonic()
+    starts, own, began = range(0, args.n, args.batch_size), {}, time.perf_counter()
     for k in range(rank, len(starts), world):
         size = min(args.batch_size, args.n - starts[k])
         y = None if labels is None else labels[starts[k]:starts[k] + size].to(device)
@@ -198,7 +199,7 @@ def draw(args, network, classifier, diffusion, checkpoint, labels, device, on_st
         dist.gather_object(own, parts)
     if rank > 0:
         return None
-    seconds = time.monotonic() - began
+    seconds = time.perf_counter() - began
     data.say(f"{args.n} images, {steps} steps each, in {seconds:.1f} s: {args.n / seconds:.1f} images/s, "
              f"{args.n * steps / seconds:,.0f} network evaluations/s", done=True)
     batches = {k: pixels for part in parts for k, pixels in part.items()}
@@ -321,7 +322,7 @@ def main(argv=None):
     rank, world, _ = train.ranks()
     device = train.pick_device(args.device)
     network, diffusion, checkpoint = train.load_checkpoint(args.checkpoint, device)
-    check_files(args, checkpoint["shape"][0] == 3)
+    check_files(args, checkpoint)
     classes, classifier, judge = checkpoint["classes"] if network.num_classes else None, None, None
     if args.classifier:
         classifier, its_diffusion, classes = load_classifier(args.classifier, device, checkpoint)
@@ -329,8 +330,8 @@ def main(argv=None):
             raise ValueError(f"{args.classifier} was trained with another schedule: its t means other noise (see --schedule)")
     if args.score:                                   # looks at clean images only, for which any schedule will do
         judge, _, seen = load_classifier(args.score, device, checkpoint)
-        if network.num_classes and seen != classes:
-            raise ValueError(f"{args.score} knows other classes than {args.checkpoint}: it cannot tell whether labels are met")
+        if classes is not None and seen != classes:
+            raise ValueError(f"{args.score} knows other classes than those to be drawn: it cannot tell whether labels are met")
     labels = choose_labels(args, classes)
     _, steps = sampler(args, diffusion)
     if args.compile:
@@ -387,7 +388,7 @@ def write(args, classes, pixels, labels, frames):
         data.save_image(args.trajectory, torch.stack([x_t, x_0], dim=1).flatten(0, 2), columns=len(chosen))
         print(f"wrote {args.trajectory}")
     if args.movie:
-        data.save_movie(args.movie, [x_t for x_t, _ in frames], args.columns and min(args.columns, 8))
+        data.save_movie(args.movie, [x_t for x_t, _ in frames], args.columns and min(args.columns, 8))      # of 64 images at most
         print(f"wrote {args.movie}")
 
 

@@ -37,7 +37,7 @@ FREE = {"steps", "compile", "device", "data_dir", "out", "save_every", "resume",
 
 
 def parse_args(argv=None):
-    """The settings, checked; data.WrongChoice says what is wrong."""
+    """The settings, checked; data.WrongChoice says what is wrong. Their types, count and so on, stand at the end of the file."""
     parser = Parser(__doc__)
     flag = parser.section("data")
     flag("--dataset", "fashion-mnist", "fashion-mnist, mnist, cifar10, or a FILE.npy of uint8 images")
@@ -95,8 +95,8 @@ def parse_args(argv=None):
     flag = parser.section("output")
     flag("--out", None, "checkpoint to write (default: ddpm.pt; classifier.pt with --classifier)", metavar="FILE.pt")
     flag("--save-every", 1000, "steps between checkpoints; there is always one at the end", type=count())
-    flag("--resume", False, "go on from --out, exactly as if it had never stopped (after its last step: with a larger --steps, "
-         "and a rate that jumps up again)")
+    flag("--resume", False, "go on from --out, exactly as if it had never stopped; a finished run needs a larger --steps, and "
+         "its rate first jumps up again")
     flag("--evaluate", None, "measure a checkpoint on the test set instead: L_simple and bits/dim", metavar="FILE.pt")
     flag("--exact", 0, "with --evaluate: all T terms of this many images, instead of random terms of all", type=count(0),
          metavar="IMAGES")
@@ -128,6 +128,8 @@ def settled(args, parser):
     if args.schedule == "linear":
         args.beta_start = 1e-4 if args.beta_start is None else args.beta_start
         args.beta_end = 0.02 if args.beta_end is None else args.beta_end
+        if (args.beta_min, args.beta_max) != (0.0, 0.999):
+            parser.error("--beta-min and --beta-max belong to --schedule cosine")
     try:
         make_diffusion(args)
     except ValueError as error:
@@ -144,12 +146,12 @@ def train(args):
     if args.resume and run.done >= args.steps:
         run.say(f"{args.out} has all its {run.done} steps. To train on: --steps {2 * run.done}", done=True)
         return dist.destroy_process_group() if run.world > 1 else None
-    began = reported = time.monotonic()
+    began = reported = time.perf_counter()
     first, losses, taken = run.done, torch.zeros((), device=run.device), 0
     with interruptions() as stopped:
         while run.done < args.steps and not stop_agreed(stopped, run):          # 1: repeat, 6: until converged
             losses, taken = losses + run.step(), taken + 1                      # 2-5
-            last, now = run.done == args.steps, time.monotonic()
+            last, now = run.done == args.steps, time.perf_counter()
             if run.skipped_in_a_row >= 100 or (last and run.skipped == run.done):
                 raise ValueError(f"the gradient has not been finite for {run.skipped_in_a_row} steps; {args.out} was left as it "
                                  "was. Try a lower --lr, or --precision fp32")
@@ -159,7 +161,7 @@ def train(args):
                 run.say(f"step {run.done}/{args.steps}  loss {losses.item() / taken:.4f}  {speed * args.batch_size:.0f} images/s  "
                         f"{left} left{skipped}", done=last)
                 reported, losses, taken = now, torch.zeros_like(losses), 0
-            if run.done % args.save_every == 0:
+            if run.done % args.save_every == 0 and not run.skipped_in_a_row:
                 run.save(args.out)
         run.save(args.out)
     if run.world > 1:
@@ -168,7 +170,7 @@ def train(args):
         run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: the same command with --resume"
                 if run.skipped < run.done else "stopped before the first good step; there is nothing to save", done=True)
         sys.exit(128 + stopped[0] if stopped else 1)
-    taken, time_taken = run.done - first, datetime.timedelta(seconds=round(time.monotonic() - began))
+    taken, time_taken = run.done - first, datetime.timedelta(seconds=round(time.perf_counter() - began))
     named = "" if args.out == "ddpm.pt" else f" --checkpoint {shlex.quote(args.out)}"
     run.say(f"{taken} steps, {taken * args.batch_size:,} images, in {time_taken}; averaged weights in "
             f"{args.out}. Next: python sample.py{f' --score {shlex.quote(args.out)}' if args.classifier else named}", done=True)
@@ -194,14 +196,14 @@ def prepare(args):
     if world > 1 and local == 0:
         dist.barrier()
     if (args.conditional or args.classifier) and len(classes) < 2:
-        raise ValueError(f"{args.dataset} has no labels: put them into {args.dataset[:-4]}.labels.npy")
+        raise ValueError(f"{args.dataset} needs labels of two classes or more, in {args.dataset[:-4]}.labels.npy")
     run = (ClassifierRun if args.classifier else Run)(args, images, labels, classes, device)
     if args.resume and os.path.exists(args.out):
         run.restore(args.out)
     if world > 1:
-        steps = torch.tensor([run.done, -run.done], device=device)
-        dist.all_reduce(steps, dist.ReduceOp.MIN)
-        if int(steps.sum()):
+        steps = [None] * world
+        dist.all_gather_object(steps, run.done)
+        if len(set(steps)) > 1:
             raise ValueError(f"--resume: not every machine has the same {args.out}; copy it to all of them")
     if run.done < args.steps:
         run.say(f"{len(images):,} images {'x'.join(map(str, images.shape[1:]))}, {sum(w.numel() for w in run.weights):,} "
@@ -229,11 +231,9 @@ def interruptions():
 
 
 def stop_agreed(stopped, run):
-    """Whether to stop: with several processes, all at the same step, every tenth of which they ask each other."""
+    """Whether to stop: with several processes, all at the same step, before each of which they ask each other."""
     if run.world == 1:
         return bool(stopped)
-    if run.done % 10:
-        return False
     flag = torch.tensor(float(len(stopped)), device=run.device)
     dist.all_reduce(flag)
     return flag.item() > 0
@@ -248,7 +248,7 @@ class Run:
         self.rank, self.world, _ = ranks()
         self.say = data.say if self.rank == 0 else (lambda text, done=False: None)
         self.done = self.skipped = self.skipped_in_a_row = 0      # steps, and those of them whose gradient was not finite
-        self.saved = 0                            # the step at which --out was written; 0: what is there is another training's
+        self.saved = 0                            # the step at which --out was written; 0: a file there is another run's
         self.fixed = {"format": FORMAT, "settings": settings_of(args), "shape": tuple(images.shape[1:]), "classes": classes}
         self.network = to_device(make_network(args, self.fixed["shape"], classes), device)
         self.diffusion = make_diffusion(args).to(device)
@@ -353,7 +353,7 @@ class Run:
         if self.saved == 0 and os.path.exists(path):
             data.keep_older(path)
         self.saved = self.done
-        content = io.BytesIO()
+        content = io.BytesIO()                       # so that an error of the disk is the disk's, and not one of torch.save's
         torch.save({**self.fixed, **self.state(), "step": self.done, "scaler": self.scaler.state_dict(),
                     "rng": {name: stream.get_rng_state() for name, stream in random_streams(self.device).items()}}, content)
         with data.atomic(path) as file:
@@ -383,7 +383,7 @@ class ClassifierRun(Run):
     """The same for a classifier of noisy images."""
 
     def draw_t(self, x_0):
-        """t uniform on 0..T, with another quarter at 0, clean images: there sample.py --score looks."""
+        """t uniform on 0..T, with another quarter at 0, clean images: where sample.py --score looks."""
         t = torch.randint(0, self.args.timesteps + 1, (len(x_0),), device=self.device)
         return t * (torch.rand(len(x_0), device=self.device) > 0.25), torch.ones(len(x_0), device=self.device)
 
@@ -458,10 +458,7 @@ def measure(model, diffusion, x_0, t):
     noise = diffusion.normal_eps(x_0)
     x_t = diffusion.q_sample(x_0, t, noise)
     output = model(x_t, t)
-
-    def answered(x_t, t):
-        return output
-
+    answered = lambda x_t, t: output                             # no second call
     eps, _ = diffusion.predict(answered, x_t, t, clip=False)
     _, guess = diffusion.predict(answered, x_t, t)
     errors = ((error**2).flatten(1).mean(1) for error in (eps - noise, guess - x_0))
@@ -484,9 +481,9 @@ def load_checkpoint(path, device, classifier=False):
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
                 raise ValueError("it unpacks to more than its size")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        (C, H, W), classes, step = checkpoint["shape"], checkpoint["classes"], checkpoint["step"]
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"this train.py reads {FORMAT!r} only")
+        (C, H, W), classes, step = checkpoint["shape"], checkpoint["classes"], checkpoint["step"]
         if type(checkpoint["shape"]) is not tuple or C not in (1, 3) or not all(
                 type(n) is int and 0 < n <= 2**14 for n in (C, H, W)):
             raise ValueError("its shape is not that of images")
@@ -553,10 +550,7 @@ def copy_into(own, saved):
 def load_like(checkpoint, split, data_dir):
     """Images and labels of the data that a checkpoint was trained on. ValueError if they have become something else."""
     dataset = checkpoint["settings"]["dataset"]
-    try:
-        images, labels, _ = data.load_chosen(dataset, checkpoint["settings"]["only"], split, data_dir)
-    except data.WrongChoice as error:
-        raise ValueError(f"{dataset} is no longer what the checkpoint was trained on: {error}") from None
+    images, labels, _ = data.load_chosen(dataset, checkpoint["settings"]["only"], split, data_dir)
     if tuple(images.shape[1:]) != checkpoint["shape"] or labels.max() >= len(checkpoint["classes"]):
         raise ValueError(f"the checkpoint was trained on images {checkpoint['shape']} of {len(checkpoint['classes'])} classes, "
                          f"but {dataset} ({split}) holds {tuple(images.shape[1:])} of {int(labels.max()) + 1}")
@@ -592,7 +586,7 @@ def ranks():
 
 
 def pick_device(name):
-    """The device of that name, seen to work; the best there is if None; a GPU each for torchrun's processes.
+    """The device of that name, tried out; the best there is if None; a GPU each for torchrun's processes.
 
     A GPU becomes the current one, and its matrix products may use TF32.
     """
@@ -669,10 +663,12 @@ NOT_NEGATIVE = number(float, "of at least 0", lambda x: x >= 0)
 
 def guarded(main):
     """Run a script's main; what went wrong with a person's file, flag or machine is one line, not a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):                 # a name that a log cannot spell must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     warnings.simplefilter("once", UserWarning)
     warnings.filterwarnings("ignore", "Grad strides do not match")               # DistributedDataParallel, of 1 x 1 convolutions
-    # Linux's malloc gives what a step frees back to the kernel, and waits for it in the next one. Once a block of almost 32 MiB
+    # Linux's malloc returns what a step frees to the kernel, and waits to get it back in the next one. Once a block of almost 32 MiB
     # has been freed, it keeps up to twice that (mallopt(3)): a tenth less time for a training step, a quarter for a sampling step.
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     name = os.path.basename(sys.argv[0])
@@ -688,7 +684,7 @@ def guarded(main):
     except (RuntimeError, MemoryError) as error:                 # the CPU's allocator says it in words, CUDA's by a type
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
             raise
-        sys.exit(f"{name}: out of memory. Try a smaller --batch-size, --accumulate, or a smaller network")
+        sys.exit(f"{name}: out of memory. Try a smaller --batch-size, or a smaller network")
 
 
 def main(argv=None):

@@ -7,8 +7,8 @@ how it is computed, and how its weights are updated. With
     UNet(in_channels=3, image_size=32, patch=1, channels=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(16,),
          dropout=0.1)
 
-it is the paper's CIFAR-10 network, with as many parameters (35,746,307). The defaults differ for one reason, time on a
-CPU, and in these places:
+it is the paper's CIFAR-10 network, with as many parameters (35,746,307). The defaults are made for minutes on
+a CPU and differ in these places:
 
 * patch=2: pixels are gathered 2 x 2 into channels on the way in and spread again on the way out. Feature maps at the
   full 28 x 28 are most of a U-Net's time and little of its capacity.
@@ -184,7 +184,7 @@ class Embedding(nn.Module):
             emb = emb + (self.labels.weight[-1] if y is None else self.labels(y))
         elif y is not None:
             raise ValueError("this network was built without classes (num_classes=None): call it without labels")
-        return F.silu(emb)                       # with which each of the paper's blocks begins: here it is done once
+        return F.silu(emb)                       # the paper's blocks each begin with it; once is enough
 
 
 class Encoder(nn.Module):
@@ -198,7 +198,7 @@ class Encoder(nn.Module):
         self.patch = patch
         self.conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
         self.stages, c = nn.ModuleList(), widths[0]
-        self.skips = [c] if patch == 1 else []   # the channels of what is handed across: all (the paper), or of blocks only
+        self.skips = [c] if patch == 1 else []   # channels of each skip: every layer's (the paper), or each block's
         for level, width in enumerate(widths):
             for _ in range(blocks):
                 self.stages.append(Stage(make_block(c, width), *make_attention(level)))
@@ -226,7 +226,7 @@ class UNet(nn.Module):
     in_channels, out_channels  of the images, and of the prediction (None: the same; twice as many for a learned variance)
     image_size                 only says which feature maps `attention` means; forward takes any H and W
     patch                      1: the paper's; 2: work on 2 x 2 pixels at a time, with all that the top of this file says
-    channels, multipliers      level l has channels * multipliers[l] channels and 1 / 2^l of the size
+    channels, multipliers      level l has channels * multipliers[l] channels and 1 / (patch 2^l) of the size
     blocks                     residual blocks per level (with patch=1, one more on the way up)
     attention                  sizes of the feature maps that get self-attention; the middle always has it
     heads                      of the attention (1: the paper's)
