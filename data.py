@@ -98,7 +98,7 @@ def load_dataset(name, split="train", root="data"):
         raise ValueError(f"split must be train or test, not {split!r}")
     dataset = known(name)
     if dataset is None:
-        return load_npy(Path(name), split)
+        return load_npy(Path(name).expanduser(), split)
     if name == "cifar10":
         images, labels = find(name, *dataset.files[split][0], root, lambda path, md5: read_cifar10(path, split, md5))
     else:
@@ -331,13 +331,16 @@ _last_said = 0.0
 def say(text, done=False):
     """Progress: one line that is written over in a terminal; in a log, a plain line every ten seconds and the last one."""
     global _last_said
-    terminal = sys.stdout.isatty()
+    terminal = sys.stdout is not None and sys.stdout.isatty()
     if done or time.monotonic() - _last_said > (0.1 if terminal else 10):
         _last_said = time.monotonic()
         if terminal:                                 # the cursor waits at the left, where an error or a prompt may follow
             width = shutil.get_terminal_size().columns - 1
             text = (text if done else text[:width]).ljust(width)
-        print(text, end="\r" if terminal and not done else "\n", flush=True)
+        try:
+            print(text, end="\r" if terminal and not done else "\n", flush=True)
+        except OSError:                              # the terminal, or the other end of a pipe, is gone: the work goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # -------------------------------------------------------------------------------------------------------- writing files

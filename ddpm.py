@@ -53,7 +53,7 @@ class GaussianDiffusion(nn.Module):
 
     def __init__(self, betas, prediction="eps", variance="beta", loss="mse"):
         super().__init__()
-        betas = torch.as_tensor(betas.detach().cpu() if torch.is_tensor(betas) else betas, dtype=torch.float64)
+        betas = torch.as_tensor(betas.detach().cpu() if torch.is_tensor(betas) else betas, dtype=torch.float64, device="cpu")
         if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
             raise ValueError("betas must be one row of numbers strictly between 0 and 1")
         self.timesteps, self.prediction, self.variance, self.loss = len(betas), prediction, variance, loss
@@ -138,7 +138,8 @@ class GaussianDiffusion(nn.Module):
         """eps ~ N(0, I) of x's shape, unless `noise` is given. The generator may live on the CPU though x does not."""
         if noise is not None:
             return noise.to(x.device)
-        return torch.randn(x.shape, generator=generator, device=generator.device if generator else x.device).to(x.device)
+        device = generator.device if generator else x.device
+        return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
     def distance(self, output, x_0, x_t, t, eps):
         """How far the model's output (B, ...) is from what it should be -> (B,): the paper's L_simple, or what `loss` says."""

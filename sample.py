@@ -191,7 +191,7 @@ def draw(args, network, classifier, diffusion, checkpoint, labels, device, on_st
 
         x_0 = sample(model, (size, *checkpoint["shape"]), on_step=report, generator=torch.Generator(device).manual_seed(seed))
         if not torch.isfinite(x_0).all():
-            raise ValueError(f"{args.checkpoint} draws numbers that are not finite")
+            raise ValueError(f"{args.checkpoint} draws numbers that are not finite; try --precision fp32")
         own[k] = data.to_pixels(x_0).cpu()
     parts = [own]
     if world > 1:

@@ -1638,10 +1638,11 @@ class Commands(InTemporaryFolder):
 
         def step_and_signal(run):
             if run.done + 1 == step:
-                for _ in range(2 if number == signal.SIGTERM else 1):        # twice, as from a cluster and torchrun's agent
+                for _ in range(1 if number == signal.SIGINT else 2):         # twice, as from a cluster and torchrun's agent
                     signal.raise_signal(number)                         # os.kill would end the tests on Windows
             return real(run)
 
+        self.addCleanup(signal.signal, number, signal.signal(number, signal.default_int_handler))    # nohup, say, ignores one
         with mock.patch.object(train.Run, "step", step_and_signal):
             return self.train("--steps", "6", *argv, out=out)
 
@@ -1651,7 +1652,8 @@ class Commands(InTemporaryFolder):
             with self.subTest(options):
                 whole = str(self.folder / "whole.pt")
                 self.trained(*options, out=whole)
-                for step, number in ((2, signal.SIGINT), (4, signal.SIGTERM)):
+                hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+                for step, number in ((2, signal.SIGINT), (3, hangup), (4, signal.SIGTERM)):
                     code, said, err = self.stop_at(step, number, "--resume", *options)
                     self.assertEqual((code, err), (128 + number, ""))
                     self.assertRegex(said, f"stopped at step {step}, saved in .*--resume")
@@ -1888,6 +1890,15 @@ class Commands(InTemporaryFolder):
                     small = ["--n", "2", "--steps", "2", "--data-dir", str(self.folder)]
                     code, _, err = self.run_main(sample, *argv, *small, *label)
                 self.assertEqual(code, 0, err)
+
+    def test_work_goes_on_when_nobody_listens_any_more(self):
+        command = [sys.executable, str(HERE / "train.py"), "--dataset", self.npy, *SMALL, "--steps", "2", "--out", self.pt]
+        listener = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        listener.stdout.close()
+        err = listener.communicate()[1]
+        self.assertEqual((listener.returncode, err, self.weights()["step"]), (0, b"", 2))
+        with mock.patch("sys.stdout", None):                        # as without a console
+            data.say("step 1", done=True)
 
     def test_every_flag_is_explained_with_its_default(self):
         for script in (train, sample):

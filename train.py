@@ -122,14 +122,14 @@ def settled(args, parser):
     if args.exact and not args.evaluate:
         parser.error("--exact belongs to --evaluate")
     linear = args.beta_start is not None or args.beta_end is not None
-    if linear and args.schedule == "cosine":
+    if linear and args.schedule not in (None, "linear"):
         parser.error("--beta-start and --beta-end belong to --schedule linear")
     args.schedule = args.schedule or ("linear" if linear else "cosine")
     if args.schedule == "linear":
         args.beta_start = 1e-4 if args.beta_start is None else args.beta_start
         args.beta_end = 0.02 if args.beta_end is None else args.beta_end
-        if (args.beta_min, args.beta_max) != (0.0, 0.999):
-            parser.error("--beta-min and --beta-max belong to --schedule cosine")
+    if args.schedule != "cosine" and (args.beta_min, args.beta_max) != (0.0, 0.999):
+        parser.error("--beta-min and --beta-max belong to --schedule cosine")
     try:
         make_diffusion(args)
     except ValueError as error:
@@ -214,7 +214,7 @@ def prepare(args):
 
 @contextlib.contextmanager
 def interruptions():
-    """A list that Ctrl-C and SIGTERM are put into, so that the step in hand can be finished; a second Ctrl-C ends at once."""
+    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step in hand can be finished; a second Ctrl-C ends at once."""
     stopped = []
 
     def stop(signum, _):                             # under torchrun SIGTERM may come twice: to all, and from its agent
@@ -222,7 +222,8 @@ def interruptions():
             sys.exit(1)
         stopped.append(signum)
 
-    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    wanted = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))       # SIGHUP: the terminal is gone
+    handlers = {n: signal.signal(n, stop) for n in set(wanted) if signal.getsignal(n) != signal.SIG_IGN}       # as nohup has it
     try:
         yield stopped
     finally:
@@ -550,7 +551,10 @@ def copy_into(own, saved):
 def load_like(checkpoint, split, data_dir):
     """Images and labels of the data that a checkpoint was trained on. ValueError if they have become something else."""
     dataset = checkpoint["settings"]["dataset"]
-    images, labels, _ = data.load_chosen(dataset, checkpoint["settings"]["only"], split, data_dir)
+    try:
+        images, labels, _ = data.load_chosen(dataset, checkpoint["settings"]["only"], split, data_dir)
+    except data.WrongChoice as error:
+        raise data.WrongChoice(f"the checkpoint was trained on {dataset}, seen from another folder perhaps: {error}") from None
     if tuple(images.shape[1:]) != checkpoint["shape"] or labels.max() >= len(checkpoint["classes"]):
         raise ValueError(f"the checkpoint was trained on images {checkpoint['shape']} of {len(checkpoint['classes'])} classes, "
                          f"but {dataset} ({split}) holds {tuple(images.shape[1:])} of {int(labels.max()) + 1}")

@@ -367,11 +367,16 @@ class Optimizer(torch.optim.AdamW):
         for w in self.convolutions:
             self.state[w] = {"momentum": torch.zeros_like(w)}
 
+    def __setstate__(self, state):
+        torch.optim.Optimizer.__setstate__(self, state)      # not Adam's, which looks for a "step" in Muon's states too
+
     @torch.no_grad()
     def step(self):
         """One step along the gradients, Muon's, then Adam's; those of Muon's weights are gone afterwards."""
         lr, decay = self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]
         for w in self.convolutions:
+            if w.grad is None:                                                        # frozen
+                continue
             momentum = self.state[w]["momentum"].lerp_(w.grad, 0.05)
             G = w.grad.lerp(momentum, 0.95).flatten(1)                                # Nesterov's: a look ahead
             G = orthogonal(G) if len(G) <= G.shape[1] else orthogonal(G.T).T
