@@ -89,7 +89,8 @@ class GaussianDiffusion(nn.Module):
             self.register_buffer(name, table.float(), persistent=False)
 
     def per_image(self, t, x):
-        """t, a number or (B,), as int64 (B,) beside x (B, ...). ValueError outside 1..T (unless on a GPU, which would stall)."""
+        """t, a number or (B,), as int64 (B,) beside x (B, C, H, W). ValueError if x is no such batch or t is outside 1..T (which a
+        GPU's t is not asked: it would stall)."""
         if x.ndim != 4:
             raise ValueError(f"images must be (B, C, H, W), not {tuple(x.shape)}; points (B, D) can be (B, D, 1, 1)")
         t = torch.as_tensor(t)

@@ -1724,25 +1724,19 @@ class Commands(InTemporaryFolder):
         self.assertFalse((self.folder / "none.pt").exists())
         self.assertEqual(Path(self.pt).read_bytes(), before)
 
+    def bad_gradient_at(self, step):
+        """A patch under which a run's losses are not numbers in that step."""
+        real = train.Run.losses
+        return mock.patch.object(train.Run, "losses",
+                                 lambda run, *batch: real(run, *batch) * (math.nan if run.done + 1 == step else 1))
+
     def test_a_single_bad_gradient_is_skipped_and_counted(self):
-        real, bad = train.Run.losses, [2]
-
-        def sometimes(run, *batch):
-            bad[0] -= 1
-            return real(run, *batch) * (math.nan if bad[0] == 0 else 1)
-
-        with mock.patch.object(train.Run, "losses", sometimes):
+        with self.bad_gradient_at(2):
             self.assertIn("1 steps skipped", self.trained())
         self.assertTrue(all(torch.isfinite(w).all() for w in self.weights()["ema"].values()))
 
     def test_a_run_whose_last_step_is_skipped_is_saved_at_its_end(self):
-        real, bad = train.Run.losses, [6]
-
-        def sometimes(run, *batch):
-            bad[0] -= 1
-            return real(run, *batch) * (math.nan if bad[0] == 0 else 1)
-
-        with mock.patch.object(train.Run, "losses", sometimes):
+        with self.bad_gradient_at(6):
             self.trained("--save-every", "5")
         self.assertEqual(self.weights()["step"], 6)
         self.assertIn("has all its 6 steps", self.trained("--resume"))
