@@ -1,14 +1,12 @@
-"""Algorithm 2 from a checkpoint.
+"""Algorithm 2 from a checkpoint; pictures; how good it is.
 
-    python sample.py                                            64 images by all T steps, into samples.pgm (.ppm in colour)
-    python sample.py --sampler ddim --steps 20 --out s.png      in a second, as a PNG
-    python sample.py --checkpoint conditional.pt --label Sandal --guidance 3        after train.py --conditional
-    python sample.py --n 10000 --out s.npy --score classifier.pt                    for other tools, and how good they are
-    torchrun --nproc-per-node=8 -- sample.py --n 10000 --out s.npy                  the same on eight GPUs
+    python sample.py                                            64 images by all T steps
+    python sample.py --sampler ddim --steps 20                  in a second
+    python sample.py --checkpoint assets/fashion-mnist.pt --label Sandal --guidance 3
+    python sample.py --n 2000 --out s.npy --score               for other tools; how good they are
+    torchrun --nproc-per-node=8 -- sample.py --n 10000 --out s.npy          the same on eight GPUs
 """
 import argparse
-import datetime
-import functools
 import math
 import os
 import time
@@ -21,376 +19,423 @@ import torch.nn.functional as F
 
 import data
 import train
-import unet
-from ddpm import classifier_free_guidance, classifier_guidance, respace
+from ddpm import classifier_free_guidance, classifier_guidance, respace, standard_normal
 
-PICTURES = ("trajectory", "movie", "nearest", "forward", "reconstruct", "interpolate")      # flags that name a file to draw
+BLOCK = 64                  # images that share a stream of random numbers and are drawn together
+CLASSIFIER = str(Path(__file__).parent / "assets" / "classifier.pt")
 
 
 def parse_args(argv=None):
-    """The settings, checked as far as they can be without the checkpoint; data.WrongChoice says what is wrong."""
-    parser = train.Parser(__doc__)
+    """The settings, checked as far as they can be without the checkpoint."""
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    file, count = {"type": os.path.expanduser, "metavar": "FILE"}, {"type": train.whole}
     flag = parser.section("what to draw")
-    flag("--checkpoint", "ddpm.pt", "made by train.py", metavar="FILE.pt")
-    flag("--n", 64, "number of images", type=train.count())
-    flag("--label", None, "class to draw, by name or index (default: image i gets class i modulo their number)")
-    flag("--guidance", None, "0: unconditional, 1: conditional, above: more so (default: 1)", type=train.NOT_NEGATIVE)
-    flag("--classifier", None, "guide by this classifier (train.py --classifier) rather than by the network itself",
-         metavar="FILE.pt")
-    flag("--seed", 0, "same seed, device and batch size: same images, for any number of processes", type=train.SEED)
-
+    flag("--checkpoint", "ddpm.pt", "made by train.py", **file)
+    flag("--n", 64, "number of images")
+    flag("--label", None, "class, by name or index (default: all in turn)")
+    flag("--guidance", None, "0: no label, 1: the label, above: more of it (default: 1)",
+         type=train.number)
+    flag("--classifier", None, "guide by a classifier of train.py instead", **file)
+    flag("--seed", 0, "image i depends on the seed and on i alone", type=int)
     flag = parser.section("how")
-    flag("--sampler", "ddpm", "ddpm: the paper's Algorithm 2, on a subsequence if --steps is below T; ddim: Song et al.",
-         choices=("ddpm", "ddim"))
-    flag("--steps", None, "calls of the network per image (default: T for ddpm, 50 for ddim)", type=train.count())
-    flag("--eta", None, "noise of ddim, 0: none, 1: as much as ddpm (default: 0)",
-         type=train.number(float, "from 0 to 1", lambda x: 0 <= x <= 1))
-    flag("--clip", True, "hold every predicted x_0 in [-1, 1], as the authors' code does; Algorithm 2 as printed is --no-clip",
+    flag("--sampler", "ddpm", "ddpm: Algorithm 2", choices=("ddpm", "ddim"))
+    flag("--steps", None, "calls of the network (default: T for ddpm, 50 for ddim)", **count)
+    flag("--eta", None, "noise of ddim: 0 none, 1 as much as ddpm (default: 0)", type=train.number)
+    flag("--clip", True, "hold x_0 in [-1, 1] as the authors' code does, not Algorithm 2 as printed",
          action=argparse.BooleanOptionalAction)
-    flag("--batch-size", 256, "images at a time", type=train.count())
-    flag("--precision", "auto", "as in train.py; auto asks what this machine does fast", choices=("auto", "fp32", "bf16", "fp16"))
-    flag("--compile", False, "torch.compile the network; a last batch of another size compiles again")
-    flag("--device", None, "cpu, cuda, cuda:1, mps; default: the best there is")
-
+    flag("--batch-size", 256, "images at a time")
+    flag("--precision", "auto", "see train.py", choices=("auto", "fp32", "bf16", "fp16"))
+    flag("--compile", False, "torch.compile the network")
+    flag("--device", None, "cpu, cuda, cuda:1 or mps (default: the best there is)")
+    flag("--threads", None, "of the CPU (default: one or all, what is faster now)", **count)
     flag = parser.section("output")
-    flag("--out", None, ".pgm, .ppm or .png: a grid; .npy: uint8 (N, C, H, W), with labels beside it if there are any "
-         "(default: samples.pgm, or .ppm in colour)", metavar="FILE")
-    flag("--columns", None, "of the grid (default: as many as rows; with classes, one each)", type=train.count())
-    flag("--trajectory", None, "also a film strip of 8 images from x_T to x_0, each above its predicted x_0 (Figure 6)",
-         metavar="FILE")
-    flag("--movie", None, "also the reverse process as an animated PNG", metavar="FILE.png")
-    flag("--nearest", None, "also 10 images, each beside the 5 training images nearest to it, and how near 500 are, beside test "
-         "images: does it memorise?", metavar="FILE")
-    flag("--score", None, "also the samples' Frechet distance to the test set in the features of this classifier, and its "
-         "accuracy on their labels", metavar="FILE.pt")
-
-    flag = parser.section("pictures of other things, instead (they are drawn without samples unless --out is given)")
-    flag("--forward", None, "real images turning into noise: closed form (Eq. 4) above steps (Eq. 2)", metavar="FILE")
-    flag("--reconstruct", None, "test images, their x_T by DDIM run backwards, and what DDIM makes of it", metavar="FILE")
-    flag("--interpolate", None, "between two test images: through x_T (DDIM), and at t = T/4, T/2, 3T/4 (Figure 8)",
-         metavar="FILE")
-    flag("--data-dir", "data", "folder of the data set, for these and for --score")
+    flag("--out", None, "grid in .pgm, .ppm or .png, or .npy: uint8 (N, C, H, W) and labels "
+         "(default: samples.pgm, .ppm in colour, and samples.png)", **file)
+    flag("--columns", None, "of the grid (default: as rows, or one per class)", **count)
+    flag("--gap", 2, "pixels between images", type=int)
+    flag("--zoom", None, "times that pixels are repeated (default: to about 64 an image)", **count)
+    flag("--trajectory", None, "8 images on the way, above the x_0 predicted (Figure 6)", **file)
+    flag("--movie", None, "the way as an animated .png", **file)
+    flag = parser.section("how good it is")
+    flag("--score", None, "Frechet distance to test images, in a classifier's features (default: "
+         "that of assets/)", nargs="?", const=CLASSIFIER, **file)
+    flag("--nearest", None, "10 samples beside the 5 training images nearest to each", **file)
+    flag("--evaluate", False, "L_simple and bits/dim of test images, no samples")
+    flag("--exact", None, "with --evaluate: all T terms, of so many images", **count)
+    flag("--dataset", None, "where the data of the training are now, if they moved", **file)
+    flag("--data-dir", "data", "see train.py", **file)
+    flag = parser.section("other pictures, without samples")
+    flag("--forward", None, "images turning into noise, by Eq. 4 and, below, by Eq. 2", **file)
+    flag("--reconstruct", None, "test images, their x_T by DDIM, and back", **file)
+    flag("--interpolate", None, "two test images mixed at x_T, T/4, T/2, 3T/4 (Figure 8)", **file)
     args = parser.parse_args(argv)
-    if args.eta is not None and args.sampler != "ddim":
-        parser.error("--eta belongs to --sampler ddim; ddpm's noise was chosen in training (--variance)")
-    if args.score and args.n < 2:
-        parser.error("--score needs at least 2 images, and means little below 1000")
-    for name in ("out", *PICTURES):
-        if getattr(args, name):
-            allowed = {"out": (".pgm", ".ppm", ".png", ".npy"), "movie": (".png",)}.get(name, (".pgm", ".ppm", ".png"))
-            data.check_suffix(getattr(args, name), allowed)
+    if min(args.seed, args.gap) < 0:
+        raise ValueError("--seed and --gap must be at least 0")
+    if args.eta is not None and not (args.sampler == "ddim" and 0 <= args.eta <= 1):
+        raise ValueError("--eta is 0..1, and belongs to --sampler ddim")
+    args.samples = not (args.evaluate or args.forward or args.reconstruct or args.interpolate)
+    for name in ("label", "guidance", "classifier", "out", "trajectory", "movie", "score", "nearest"):
+        if not args.samples and getattr(args, name) is not None:
+            raise ValueError(f"--{name} is about samples, which this command does not draw")
     return args
 
 
-def check_files(args, checkpoint):
-    """Settle where samples go, if they are wanted, and see to it that every file can be written, before any work is done."""
-    colour, others = checkpoint["shape"][0] == 3, args.forward or args.reconstruct or args.interpolate
-    if not args.out and (not others or args.trajectory or args.movie or args.nearest or args.score):
-        args.out = "samples.ppm" if colour else "samples.pgm"
-    paths = [path for path in (args.out, *(getattr(args, name) for name in PICTURES)) if path]
-    taken = [os.path.realpath(path).casefold() for path in (*paths, checkpoint["settings"]["dataset"])]     # A.png may be a.png
-    for path in paths:
-        if taken.count(os.path.realpath(path).casefold()) > 1:
-            raise data.WrongChoice(f"{path}: two pictures would go there, or it is the data set; give each a name of its own")
-        if colour and Path(path).suffix.lower() == ".pgm":
-            raise data.WrongChoice(f"{path}: a .pgm is grey, and {args.checkpoint} draws in colour; use .ppm or .png")
-        if train.ranks()[0] == 0:
-            data.check_writable(path)
+# ----------------------------------------------------------------------------------------- samples
 
 
-class Recorder:
-    """An on_step that keeps 41 frames of a chain of `steps` steps, or all, as pixels: (x_t, predicted x_0), each (N, C, H, W)."""
-
-    def __init__(self, steps):
-        self.wanted, self.calls, self.frames = set(np.linspace(0, steps, 41).round().astype(int).tolist()), 0, []
-
-    def __call__(self, t, x_t, x_0):
-        if self.calls in self.wanted:
-            x_0 = torch.zeros_like(x_t) if x_0 is None else x_0             # nothing is predicted yet at x_T: grey
-            self.frames.append([data.to_pixels(x[:64]).cpu() for x in (x_t, x_0)])
-        self.calls += 1
-
-
-def rows(*columns):
-    """Columns of a picture, each (N, C, H, W), as its images row by row, and how many columns there are."""
-    return torch.stack(columns, dim=1).flatten(0, 1), len(columns)
-
-
-def sampler(args, diffusion):
-    """-> sample(model, shape, generator=..., on_step=...) as the flags say, and the number of its steps."""
-    T = diffusion.timesteps
-    steps = args.steps or (T if args.sampler == "ddpm" else min(50, T))
-    if steps > T:
-        raise data.WrongChoice(f"--steps {steps} is more than the {T} that {args.checkpoint} was trained with")
-    if args.sampler == "ddim":
-        return functools.partial(diffusion.ddim_sample, steps=steps, eta=args.eta or 0.0, clip=args.clip), steps
-
-    def sample(model, shape, **options):
-        short, strided = respace(diffusion, model, steps)
-        return short.sample(strided, shape, clip=args.clip, **options)
-
-    return sample, steps
-
-
-def load_classifier(path, device, checkpoint):
-    """A classifier for images like the checkpoint's, its diffusion, and the names of its classes."""
-    classifier, its_diffusion, other = train.load_checkpoint(path, device, classifier=True)
-    if other["shape"] != checkpoint["shape"]:
-        raise ValueError(f"{path} was trained on images {other['shape']}, not {checkpoint['shape']}")
-    return classifier, its_diffusion, other["classes"]
-
-
-def choose_labels(args, classes):
-    """The label of each image, (n,) int64, or None if there are no classes. data.WrongChoice for a label that cannot be."""
-    if classes is None:
-        if args.label is not None or args.guidance is not None:
-            raise data.WrongChoice(f"--label and --guidance need labels, and {args.checkpoint} was trained without: make one "
-                                   "with train.py --conditional, or name a --classifier")
-        return None
-    if args.label is not None:
-        return torch.full((args.n,), data.find_label(args.label, classes))
-    return torch.arange(args.n) % len(classes)
-
-
-def bind(args, network, classifier, diffusion, y):
-    """network(x_t, t, y) -> a model (x_t, t) for images of the labels y (B,) or None, guided as the flags say."""
-    scale, null = 1.0 if args.guidance is None else args.guidance, network.num_classes
-    if classifier is not None:
-        return classifier_guidance(diffusion, network, lambda x_t, t: log_prob(classifier, x_t, t, y), scale)
-    if y is None or scale == 0:
-        return network
-    if scale == 1:
-        return lambda x_t, t: network(x_t, t, y)
-    return classifier_free_guidance(network, y, scale, null)
-
-
-def log_prob(classifier, x_t, t, y):
-    """log p(y | x_t), (B,)."""
-    return F.log_softmax(classifier(x_t, t), dim=1).gather(1, y[:, None])[:, 0]
-
-
-def draw(args, network, classifier, diffusion, checkpoint, labels, device, on_step):
-    """The samples as pixels, uint8 (n, C, H, W), in process 0, and None in the others; on_step sees the first batch.
-
-    Batch k has random numbers of its own and is drawn whole by one process, so the images do not depend on their number.
-    """
-    rank, world, _ = train.ranks()
-    sample, steps = sampler(args, diffusion)
-    starts, own, began = range(0, args.n, args.batch_size), {}, time.perf_counter()
-    for k in range(rank, len(starts), world):
-        size = min(args.batch_size, args.n - starts[k])
-        y = None if labels is None else labels[starts[k]:starts[k] + size].to(device)
-        model = bind(args, network, classifier, diffusion, y)
-        seed = int(np.random.SeedSequence([args.seed, k]).generate_state(1, np.uint64)[0]) >> 1
-
-        def report(t, x_t, x_0, first=k == 0, drawn=starts[k], size=size):
-            if first:
-                on_step(t, x_t, x_0)
+def draw(args, network, classifier, diffusion, shape, labels, device):
+    """-> the samples as pixels (n, C, H, W), None but in process 0, and frames of the first 64."""
+    (rank, world, _), began, frames, mine = train.ranks(), time.perf_counter(), [], {}
+    wanted = set(np.linspace(0, args.steps, 41).round())
+    for k, start in enumerate(range(0, args.n, args.batch_size)):
+        if k % world != rank:
+            continue
+        size = min(args.batch_size, args.n - start)
+        y = None if labels is None else labels[start:start + size].to(device)
+        model = guided_model(args, network, classifier, diffusion, y)
+        noise = noise_of_images(args.seed, start, size, device)
+        x_t = noise((size, *shape))
+        if device.type == "cuda" and classifier is None and not args.compile:
+            model = recorded(model, x_t)
+        frames += [(x_t, torch.zeros_like(x_t))] if k == 0 else []
+        for done, (t, x_t, x_0) in enumerate(chain(args, diffusion, model, x_t, noise), 1):
+            if k == 0 and done in wanted:
+                frames.append((x_t, x_0))
             if rank == 0:
-                data.say(f"{drawn} of {args.n} images drawn, {size} more at t = {t}")
-
-        x_0 = sample(model, (size, *checkpoint["shape"]), on_step=report, generator=torch.Generator(device).manual_seed(seed))
-        if not torch.isfinite(x_0).all():
-            raise ValueError(f"{args.checkpoint} draws numbers that are not finite; try --precision fp32")
-        own[k] = data.to_pixels(x_0).cpu()
-    parts = [own]
+                data.progress(f"{start} of {args.n} images drawn, {size} more at t = {t}")
+        if not torch.isfinite(x_t).all():
+            raise ValueError(f"{args.checkpoint} draws no finite numbers; try --precision fp32")
+        mine[k] = data.to_pixels(x_t).cpu()
+    everyone = [mine] * world
     if world > 1:
-        parts = [None] * world if rank == 0 else None
-        dist.gather_object(own, parts)
+        dist.gather_object(mine, everyone if rank == 0 else None)
     if rank > 0:
-        return None
+        return None, []
     seconds = time.perf_counter() - began
-    data.say(f"{args.n} images, {steps} steps each, in {seconds:.1f} s: {args.n / seconds:.1f} images/s, "
-             f"{args.n * steps / seconds:,.0f} network evaluations/s", done=True)
-    batches = {k: pixels for part in parts for k, pixels in part.items()}
-    return torch.cat([batches[k] for k in range(len(starts))])
+    data.progress(f"{args.n} images, {args.steps} steps each, in {seconds:.1f} s: "
+                  f"{args.n * args.steps / seconds:,.0f} network evaluations/s", final=True)
+    batches = {k: pixels for part in everyone for k, pixels in part.items()}
+    frames = [[data.to_pixels(x[:64]).cpu() for x in frame] for frame in frames]
+    return torch.cat([batches[k] for k in sorted(batches)]), frames
 
 
-# ---------------------------------------------------------------------------------------------------------- other pictures
+def chain(args, diffusion, model, x_T, noise):
+    """The steps (t, x_t, predicted x_0) from x_T down, as the flags say."""
+    if args.sampler == "ddim":
+        return diffusion.ddim_steps(model, x_T.shape, args.steps, args.eta or 0, x_T, args.clip, noise)
+    if args.steps < diffusion.timesteps:
+        diffusion, model = respace(diffusion, model, args.steps)
+    return diffusion.sample_steps(model, x_T.shape, x_T, args.clip, noise)
 
 
-def held_out(args, checkpoint, n, device):
-    """The first n test images of the checkpoint's data set, in [-1, 1], and their labels."""
-    images, labels = train.load_like(checkpoint, "test", args.data_dir)
-    if len(images) < n:
-        raise ValueError(f"{checkpoint['settings']['dataset']} has {len(images)} test images, and this picture needs {n}")
-    return data.to_model(images[:n]).to(device), labels[:n].to(device)
+def noise_of_images(seed, start, size, device):
+    """-> noise(shape) for images start, .. A stream belongs to BLOCK images and is drawn for all of
+    them, so image i does not depend on --n, on --batch-size or on the number of processes."""
+    streams = [torch.Generator(device).manual_seed(train.random_stream(seed, block))
+               for block in range(start // BLOCK, math.ceil((start + size) / BLOCK))]
+
+    def noise(shape):
+        blocks = [standard_normal((BLOCK, *shape[1:]), device, stream) for stream in streams]
+        return torch.cat(blocks)[start % BLOCK:][:size]
+
+    return noise
 
 
-def draw_forward(args, diffusion, checkpoint, device):
-    """--forward: for each of 4 images a row q(x_t | x_0) and a row that steps along the chain; t = 0, T/5, ... T."""
-    x_0, _ = held_out(args, checkpoint, 4, device)
-    times = sorted({round(k * diffusion.timesteps / 5) for k in range(6)})
-    closed = [x_0] + [diffusion.q_sample(x_0, t) for t in times[1:]]
-    x, stepped = x_0, [x_0]
-    for t in range(1, diffusion.timesteps + 1):
-        x = diffusion.q_step(x, t)
-        if t in times:
-            stepped.append(x)
-    pairs = [rows(*column)[0] for column in zip(closed, stepped, strict=True)]
-    data.save_image(args.forward, *rows(*pairs))
+def guided_model(args, network, classifier, diffusion, y):
+    """A model (x_t, t) for images of labels y (B,) or None, guided as the flags say."""
+    scale = 1.0 if args.guidance is None else args.guidance
+    if classifier is not None:
+        def log_prob(x_t, t):
+            return F.log_softmax(classifier(x_t, t), dim=1).gather(1, y[:, None])[:, 0]
+
+        return classifier_guidance(diffusion, network, log_prob, scale)
+    if y is None or scale in (0, 1):
+        return lambda x_t, t: network(x_t, t, y if scale else None)
+    return classifier_free_guidance(network, y, scale, network.num_classes)
 
 
-def draw_reconstruction(args, network, diffusion, checkpoint, device):
-    """--reconstruct: columns of test images, their x_T, and the images that DDIM (eta = 0) draws from it."""
-    x_0, y = held_out(args, checkpoint, 10, device)
-    model = functools.partial(network, y=y if network.num_classes else None)
-    steps = args.steps or min(100, diffusion.timesteps)
-    x_T = diffusion.ddim_invert(model, x_0, steps)
-    again = diffusion.ddim_sample(model, x_0.shape, steps, x_T=x_T, clip=args.clip)
-    data.save_image(args.reconstruct, *rows(x_0, x_T, again))
-    error = 127.5 * (again - x_0).square().mean().sqrt()
-    print(f"reconstruction error, root mean square: {error:.2f} of 255, in {steps} steps")
+def recorded(model, x_T):
+    """The model as a CUDA graph: its small kernels take longer to launch than to run."""
+    x, t = x_T.clone(), torch.ones(len(x_T), dtype=torch.int64, device=x_T.device)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        stream.wait_stream(torch.cuda.default_stream())
+        model(x, t)                                             # sets up what need not be recorded
+        with torch.cuda.graph(graph, stream=stream):
+            output = model(x, t)
+
+    def replay(x_t, t_now):
+        x.copy_(x_t)
+        t.copy_(t_now)
+        graph.replay()
+        return output
+
+    return replay
+
+
+def choose_labels(args, network, checkpoint):
+    """The label of each image, (n,), or None. ValueError for what cannot be."""
+    if not args.classifier:
+        if network.num_classes is None and (args.label, args.guidance) == (None, None):
+            return None
+        if network.num_classes is None:
+            raise ValueError(f"{args.checkpoint} was trained without labels, which --label and "
+                             "--guidance need: see train.py --conditional, or name a --classifier")
+        if args.guidance not in (None, 1) and checkpoint["settings"]["label_dropout"] == 0:
+            raise ValueError(f"{args.checkpoint} was trained with --label-dropout 0: it knows no "
+                             "image without a label, which --guidance needs")
+    if args.label is not None:
+        return torch.full((args.n,), data.find_label(args.label, checkpoint["classes"]))
+    return torch.arange(args.n) % len(checkpoint["classes"])
+
+
+def write(args, pixels, labels, frames, columns):
+    """The files that the samples, and the frames of their way, go to."""
+    look = {"gap": args.gap, "zoom": args.zoom}
+    for path in map(Path, args.out):
+        if path.suffix.lower() != ".npy":
+            data.save_image(path, pixels, columns, **look)
+            continue
+        path.with_suffix(".labels.npy").unlink(missing_ok=True)     # an older file's
+        for name, array in ((path, pixels), (path.with_suffix(".labels.npy"), labels)):
+            if array is not None:
+                with data.atomic(name) as file:
+                    np.save(file, array.numpy())
+    if args.trajectory:
+        shown = np.linspace(0, len(frames) - 1, min(11, len(frames))).astype(int)
+        strip = torch.stack([torch.stack(frames[k], dim=1) for k in shown], dim=2)[:8]
+        data.save_image(args.trajectory, strip.flatten(0, 2), len(shown), **look)
+    if args.movie:
+        data.save_movie(args.movie, [x_t for x_t, _ in frames], args.columns, **look)
+    print("wrote", ", ".join(filter(None, (*args.out, args.trajectory, args.movie))))
+
+
+# ---------------------------------------------------------------------------------- other pictures
+
+
+def load_data(args, checkpoint, split):
+    """Images and labels that a checkpoint was trained on, or their test split; of one class, if
+    --label or training's --only said so. ValueError if they have become something else."""
+    source = checkpoint["source"]
+    name = args.dataset or source["dataset"]
+    images, labels, classes = data.load_with_classes(name, split, args.data_dir,
+                                                     checkpoint["settings"]["only"])
+    if (tuple(images.shape[1:]), classes) != (checkpoint["shape"], checkpoint["classes"]) or (
+            split == "train" and data.fingerprint(images, labels) != source["fingerprint"]):
+        raise ValueError(f"{args.checkpoint} was trained on other data than {name}: see --dataset")
+    if args.label is not None:
+        chosen = labels == data.find_label(args.label, classes)
+        images, labels = images[chosen], labels[chosen]
+    return images, labels
+
+
+def other_pictures(args, network, diffusion, checkpoint, device):
+    """--forward, --reconstruct and --interpolate, of the first test images."""
+    images, labels = load_data(args, checkpoint, "test")
+    if len(images) < 10:
+        raise ValueError(f"there are {len(images)} test images, and these pictures need 10")
+    x_0, y = data.to_model(images[:10]).to(device), labels[:10].to(device)
+    T, look = diffusion.timesteps, {"gap": args.gap, "zoom": args.zoom}
+    steps = args.steps or min(100, T)
+    if args.forward:
+        x, columns = x_0[:4], [x_0[:4], x_0[:4]]
+        times = sorted({round(k * T / 5) for k in range(1, 6)})
+        for t in range(1, T + 1):
+            x = diffusion.q_step(x, t)
+            columns += [diffusion.q_sample(x_0[:4], t), x] if t in times else []
+        strips = torch.stack([torch.stack(columns[k::2], dim=1) for k in (0, 1)], dim=1)
+        data.save_image(args.forward, strips.flatten(0, 2), 1 + len(times), **look)
+    if args.reconstruct:
+        model = lambda x_t, t: network(x_t, t, y if network.num_classes else None)
+        x_T = diffusion.ddim_invert(model, x_0, steps)
+        again = diffusion.ddim_sample(model, x_0.shape, steps, x_T=x_T, clip=args.clip)
+        error = 127.5 * (again - x_0).square().mean().sqrt()
+        print(f"reconstruction error, root mean square: {error:.2f} of 255, in {steps} steps")
+        rows = torch.stack([x_0, x_T, again], dim=1).flatten(0, 1)
+        data.save_image(args.reconstruct, rows, 3, **look)
+    if args.interpolate:
+        weights, (a, b) = torch.linspace(0, 1, 9), x_0[:2]
+        x_T = slerp(*diffusion.ddim_invert(network, x_0[:2], steps), weights)
+        strips = [diffusion.ddim_sample(network, x_T.shape, steps, x_T=x_T, clip=args.clip)]
+        for t in (T // 4, T // 2, 3 * T // 4):
+            strips.append(diffusion.interpolate(network, a, b, weights, max(t, 1), args.clip))
+        rows = torch.cat([torch.cat([a[None], strip, b[None]]) for strip in strips])
+        data.save_image(args.interpolate, rows, 11, **look)
+    print("wrote", ", ".join(filter(None, (args.forward, args.reconstruct, args.interpolate))))
 
 
 def slerp(a, b, weights):
-    """From noise a to noise b (C, H, W) along the arc between them -> (len(weights), C, H, W) (DDIM Appendix D.5).
-
-    The straight line would pass through points of smaller norm than noise has.
-    """
-    weights = torch.as_tensor(weights, dtype=torch.float32, device=a.device)[:, None, None, None]
-    angle = torch.acos(((a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)).clamp(-1, 1))
-    if angle < 1e-4:
-        return (1 - weights) * a + weights * b
-    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / torch.sin(angle)
+    """From noise a to noise b (C, H, W) along an arc -> (len(weights), C, H, W) (DDIM, D.5). A
+    straight line would pass through points of smaller norm than noise has."""
+    weights = torch.as_tensor(weights, dtype=torch.float32, device=a.device).view(-1, 1, 1, 1)
+    cosine = (a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)
+    angle = torch.acos(cosine.clamp(-1, 1)).clamp(min=1e-3)
+    return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / angle.sin()
 
 
-def draw_interpolation(args, network, diffusion, checkpoint, device):
-    """--interpolate: rows of 11 images from one test image to another: slerp of their x_T, then Figure 8 at three t."""
-    x_0, _ = held_out(args, checkpoint, 2, device)
-    T, weights = diffusion.timesteps, torch.linspace(0, 1, 9)
-    steps = args.steps or min(100, T)
-    a, b = diffusion.ddim_invert(network, x_0, steps)
-    strips = [diffusion.ddim_sample(network, (9, *x_0.shape[1:]), steps, x_T=slerp(a, b, weights), clip=args.clip)]
-    for t in (T // 4, T // 2, 3 * T // 4):
-        strips.append(diffusion.interpolate(network, *x_0, weights, max(t, 1), clip=args.clip))
-    strips = [torch.cat([x_0[:1], strip, x_0[1:]]) for strip in strips]
-    data.save_image(args.interpolate, torch.cat(strips), columns=11)
+# ---------------------------------------------------------------------------------- how good it is
 
 
-# ----------------------------------------------------------------------------------------------------------------- quality
-
-
-def draw_nearest(args, checkpoint, pixels):
-    """--nearest: rows of a sample and the 5 training images at the smallest root mean square distance from it; and whether
-    samples are nearer to the training set than test images, which nobody can have memorised."""
-    known, test = (train.load_like(checkpoint, split, args.data_dir)[0] for split in ("train", "test"))
-
+def draw_nearest(args, pixels, known, test):
+    """--nearest, and whether samples are nearer to training images than test images, which nobody
+    can have memorised."""
     def nearest(images):
         images = images[:500].flatten(1).float()
-        distances = torch.cat([torch.cdist(images, part.flatten(1).float()) for part in known.split(5000)], dim=1)
-        return (distances / math.sqrt(images.shape[1])).topk(min(5, len(known)), largest=False)
+        distances = [torch.cdist(images, part.flatten(1).float()) for part in known.split(5000)]
+        distances = torch.cat(distances, dim=1) / math.sqrt(images.shape[1])
+        return distances.topk(min(5, len(known)), largest=False)
 
     (near, index), (near_test, _) = nearest(pixels), nearest(test)
-    data.save_image(args.nearest, *rows(pixels[:10], *(known[k] for k in index[:10].T)))
-    beside = "" if torch.equal(known, test) else f", {len(near_test)} test images {near_test[:, 0].mean():.1f}"
-    print(f"wrote {args.nearest}; {len(near)} samples are on average {near[:, 0].mean():.1f} of 255 away from the training image "
-          f"nearest to them{beside}")
+    rows = torch.stack([pixels[:10], *(known[k] for k in index[:10].T)], dim=1)
+    data.save_image(args.nearest, rows.flatten(0, 1), rows.shape[1], args.gap, args.zoom)
+    print(f"wrote {args.nearest}. Root mean square distance to the nearest training image: samples "
+          f"{near[:, 0].mean():.1f} of 255, test images {near_test[:, 0].mean():.1f}")
 
 
 def frechet_distance(f, g):
-    """Between Gaussians fitted to features f (N, F) and g (M, F): |m - n|^2 + tr(C + D - 2 (C D)^(1/2)), in float64."""
+    """Between Gaussians fitted to features f (N, F) and g (M, F): |m - n|^2 + tr(C + D - 2 (C
+    D)^(1/2)), in float64."""
     (m, C), (n, D) = ((x.double().mean(0), torch.cov(x.double().T)) for x in (f, g))
     values, vectors = torch.linalg.eigh(C)
-    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T              # C^(1/2)
-    cross = torch.linalg.eigvalsh(root @ D @ root).clamp(min=0).sqrt().sum()         # tr((C D)^(1/2))
+    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T             # C^(1/2)
+    cross = torch.linalg.eigvalsh(root @ D @ root).clamp(min=0).sqrt().sum()        # tr (C D)^(1/2)
     return float((m - n).square().sum() + torch.trace(C) + torch.trace(D) - 2 * cross)
 
 
 @torch.inference_mode()
-def score(args, classifier, checkpoint, pixels, labels, device):
-    """Print how far the samples are from the test set, what as many training images get, and the classifier's verdict."""
-    def seen(images):
+def score(classifier, pixels, labels, known, test, device):
+    """--score: how far the samples are from test images, and as many training images."""
+    def look(images):
         parts = [data.to_model(part.to(device)) for part in images.split(500)]
-        features = torch.cat([classifier.features(x, torch.zeros(len(x), dtype=torch.int64, device=device)) for x in parts])
+        features = torch.cat([classifier.features(x, torch.zeros(len(x), device=device).long())
+                              for x in parts])
         return features.cpu(), classifier.head(features).argmax(1).cpu()
 
-    known, test = (train.load_like(checkpoint, split, args.data_dir)[0] for split in ("train", "test"))
-    if len(known) < 2 or len(test) < 2:
-        raise ValueError("--score needs at least 2 training and 2 test images")
-    real = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[:len(pixels)]]
-    (f, guess), (g, _), (r, _) = seen(pixels), seen(test), seen(real)
-    counts = torch.bincount(guess, minlength=len(checkpoint["classes"])).tolist()
-    print(f"Frechet distance {frechet_distance(f, g):.3f} in {args.score}'s features ({len(pixels)} training images: "
-          f"{frechet_distance(r, g):.3f}); classes drawn: {counts}"
-          + ("" if labels is None else f"; accuracy on the labels asked for: {(guess == labels).float().mean():.1%}"))
+    order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
+    (f, guess), (g, _), (real, _) = look(pixels), look(test), look(known[order[:len(pixels)]])
+    drawn = torch.bincount(guess, minlength=classifier.head.out_features).tolist()
+    accuracy = "" if labels is None else f"; right class: {(guess == labels).float().mean():.1%}"
+    print(f"Frechet distance {frechet_distance(f, g):.3f} ({len(real)} training images: "
+          f"{frechet_distance(real, g):.3f}); classes drawn: {drawn}{accuracy}")
+
+
+@torch.inference_mode()
+def evaluate(args, network, diffusion, checkpoint, device):
+    """--evaluate: L_simple and the bound (Section 4.3) on test images, with 95% confidence."""
+    images, labels = load_data(args, checkpoint, "test")
+    T, N, rows = diffusion.timesteps, min(args.exact or len(images), len(images)), []
+    exact = args.exact is not None or N < 100           # of few images, random terms say too little
+    for start in range(0, N, 500):
+        x_0 = data.to_model(images[start:min(start + 500, N)].to(device))
+        y = labels[start:start + len(x_0)].to(device) if network.num_classes else None
+        sums = torch.zeros(4, len(x_0), device=device)  # L_simple, rate, distortion, error of x_0
+        sums[1] = diffusion.prior_bits(x_0)
+        for t, weight in chosen_terms(T, len(x_0), exact, device):
+            data.progress(f"{start} of {N} images, {len(x_0)} more at t = {int(t[0])}")
+            noise = torch.randn_like(x_0)
+            x_t = diffusion.q_sample(x_0, t, noise)
+            output = network(x_t, t, y)
+            eps, _ = diffusion.predict(output, x_t, t, clip=False)
+            sums[0] += weight * (eps - noise).square().flatten(1).mean(1) / T
+            sums[2 if t[0] == 1 else 1] += weight * diffusion.vlb_terms(output, x_0, x_t, t)
+            if t[0] == 1:
+                _, predicted = diffusion.predict(output, x_t, t)
+                sums[3] = (predicted - x_0).square().flatten(1).mean(1)
+        rows.append(sums.cpu().double())
+    l_simple, rate, distortion, error = torch.cat(rows, dim=1)
+
+    def shown(x):
+        return f"{x.mean():.4f}" + (f" +- {1.96 * x.std() / math.sqrt(N):.4f}" if N > 1 else "")
+
+    data.progress(f"{N:,} test images of {checkpoint['source']['dataset']}, {args.checkpoint} at step "
+                  f"{checkpoint['step']}", final=True)
+    print(f"L_simple    {shown(l_simple)}\nbits/dim <= {shown(rate + distortion)}, the sum of\n"
+          f"  rate        {shown(rate)}   L_1 + .. + L_T\n"
+          f"  distortion  {shown(distortion)}   L_0; RMSE {127.5 * error.mean().sqrt():.2f} of 255")
+
+
+def chosen_terms(T, B, exact, device):
+    """Pairs t (B,), weight (B,) whose weighted sums estimate sums over 1..T: t = 1, and of 2..T all,
+    or four at random, about as likely as they are large (L_{t-1} falls like 1/t)."""
+    ones, later = torch.ones(B, device=device), torch.arange(2, T + 1, device=device)
+    yield ones.long(), ones
+    if exact or T == 1:
+        yield from ((t.expand(B), ones) for t in later)
+        return
+    probability = 1 / later + 5 / T
+    probability = probability / probability.sum()
+    for _ in range(4):
+        pick = torch.multinomial(probability, B, replacement=True)
+        yield later[pick], 1 / (4 * probability[pick])
+
+
+def load_classifier(path, device, checkpoint):
+    """A classifier for the checkpoint's data, and its diffusion. ValueError if it knows others."""
+    classifier, diffusion, other = train.load_checkpoint(path, device, classifier=True)
+    a, b = checkpoint["source"], other["source"]
+    key = "dataset" if a["dataset"] in data.DATASETS else "fingerprint"
+    if a[key] != b[key] or other["classes"] != checkpoint["classes"]:
+        raise ValueError(f"{path} was trained on other data or classes")
+    return classifier, diffusion
 
 
 def main(argv=None):
     """Load, draw, write."""
-    args = parse_args(argv)
-    rank, world, _ = train.ranks()
+    args, (rank, world, _) = parse_args(argv), train.ranks()
     device = train.pick_device(args.device)
     network, diffusion, checkpoint = train.load_checkpoint(args.checkpoint, device)
-    check_files(args, checkpoint)
-    classes, classifier, judge = checkpoint["classes"] if network.num_classes else None, None, None
+    shape, T, known, test, judge, classifier = checkpoint["shape"], diffusion.timesteps, *[None] * 4
+    colour, args.zoom = shape[0] == 3, args.zoom or max(1, round(64 / max(shape[1:])))
+    args.out = [] if not args.samples else [args.out] if args.out else [
+        f"samples.{'ppm' if colour else 'pgm'}", "samples.png"]
+    pictures = [args.trajectory, args.nearest, args.forward, args.reconstruct, args.interpolate]
+    allowed = (".ppm", ".png") if colour else (".pgm", ".ppm", ".png")
+    for path, suffixes in ((args.movie, (".png",)), *((path, allowed) for path in pictures),
+                           *((path, (*allowed, ".npy")) for path in args.out)):
+        if path:
+            data.check_suffix(path, suffixes)
+    if rank == 0:
+        data.check_outputs([args.movie, *pictures, *args.out], [
+            args.checkpoint, args.classifier, args.score, checkpoint["source"]["dataset"]])
+    if args.steps and args.steps > T:
+        raise ValueError(f"--steps {args.steps} is more than the {T} that {args.checkpoint} has")
+    torch.manual_seed(args.seed)
+    if not args.samples:
+        if args.evaluate:
+            evaluate(args, network, diffusion, checkpoint, device)
+        if args.forward or args.reconstruct or args.interpolate:
+            with torch.inference_mode():
+                other_pictures(args, network, diffusion, checkpoint, device)
+        return
+    labels = choose_labels(args, network, checkpoint)
+    args.steps = args.steps or (T if args.sampler == "ddpm" else min(50, T))
     if args.classifier:
-        classifier, its_diffusion, classes = load_classifier(args.classifier, device, checkpoint)
+        classifier, its_diffusion = load_classifier(args.classifier, device, checkpoint)
         if not torch.equal(its_diffusion.exact_alpha_bar, diffusion.exact_alpha_bar):
-            raise ValueError(f"{args.classifier} was trained with another schedule: its t means other noise (see --schedule)")
-    if args.score:                                   # looks at clean images only, for which any schedule will do
-        judge, _, seen = load_classifier(args.score, device, checkpoint)
-        if classes is not None and seen != classes:
-            raise ValueError(f"{args.score} knows other classes than those to be drawn: it cannot tell whether labels are met")
-    labels = choose_labels(args, classes)
-    _, steps = sampler(args, diffusion)
+            raise ValueError(f"{args.classifier} has another schedule: its t means other noise")
+    if args.score or args.nearest:
+        known, test = (load_data(args, checkpoint, split)[0] for split in ("train", "test"))
+        if args.score:                                  # it sees clean images: any schedule will do
+            judge, _ = load_classifier(args.score, device, checkpoint)
+    if world > 1:
+        dist.init_process_group("gloo")
     if args.compile:
         network.compile()
-    if world > 1:                                    # it carries finished pixels only, and may wait for the slowest
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    torch.manual_seed(args.seed)
+    dtype = train.pick_dtype(args.precision, device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), torch.no_grad():
+        if device.type == "cpu" and world == 1:
+            x, t = torch.zeros(min(args.n, BLOCK), *shape), torch.ones(min(args.n, BLOCK)).long()
+            torch.set_num_threads(args.threads or train.faster_threads(lambda: network(x, t)))
+        pixels, frames = draw(args, network, classifier, diffusion, shape, labels, device)
     if rank == 0:
-        draw_others(args, network, diffusion, checkpoint, device)
-    if args.out:
-        film, dtype = Recorder(steps), unet.pick_dtype(args.precision, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            pixels = draw(args, network, classifier, diffusion, checkpoint, labels, device, film)
-        if rank == 0:
-            write(args, classes, pixels, labels, film.frames)
-            if args.nearest:
-                draw_nearest(args, checkpoint, pixels)
-            if judge:
-                score(args, judge, checkpoint, pixels, labels, device)
-    if world > 1:
-        dist.destroy_process_group()
-
-
-@torch.inference_mode()
-def draw_others(args, network, diffusion, checkpoint, device):
-    """The pictures that are not samples."""
-    if args.forward:
-        draw_forward(args, diffusion, checkpoint, device)
-    if args.reconstruct:
-        draw_reconstruction(args, network, diffusion, checkpoint, device)
-    if args.interpolate:
-        draw_interpolation(args, network, diffusion, checkpoint, device)
-    for path in filter(None, (args.forward, args.reconstruct, args.interpolate)):
-        print(f"wrote {path}")
-
-
-def write(args, classes, pixels, labels, frames):
-    """The files that the samples and the frames of their first batch go to."""
-    columns = args.columns or (len(classes) if labels is not None and args.label is None else None)
-    path = Path(args.out)
-    if path.suffix.lower() == ".npy":
-        with data.atomic(path) as file:
-            np.save(file, pixels.numpy())
-        path.with_suffix(".labels.npy").unlink(missing_ok=True)          # an older file's labels are not these images'
-        if labels is not None:
-            with data.atomic(path.with_suffix(".labels.npy")) as file:
-                np.save(file, labels.numpy())
-    else:
-        data.save_image(path, pixels, columns)
-    print(f"wrote {path}" + ("; --out samples.png for a PNG" if path.suffix == ".pgm" else ""))
-    if args.trajectory:
-        chosen = [frames[k] for k in np.linspace(0, len(frames) - 1, min(11, len(frames))).round().astype(int)]
-        x_t, x_0 = (torch.stack(column, dim=1)[:8] for column in zip(*chosen, strict=True))        # (8, frames, C, H, W)
-        data.save_image(args.trajectory, torch.stack([x_t, x_0], dim=1).flatten(0, 2), columns=len(chosen))
-        print(f"wrote {args.trajectory}")
-    if args.movie:
-        data.save_movie(args.movie, [x_t for x_t, _ in frames], args.columns and min(args.columns, 8))      # of 64 images at most
-        print(f"wrote {args.movie}")
+        in_turn = labels is not None and args.label is None
+        columns = args.columns or (len(checkpoint["classes"]) if in_turn else None)
+        write(args, pixels, labels, frames, columns)
+        if args.nearest:
+            draw_nearest(args, pixels, known, test)
+        if judge:
+            score(judge, pixels, labels, known, test, device)
 
 
 if __name__ == "__main__":
-    train.guarded(main)
+    train.run_script(main)

@@ -29,81 +29,107 @@ import ddpm
 import unet
 
 FORMAT = "ddpm checkpoint 4"
-NOT_SETTINGS = {"data_dir", "out", "save_every", "slim", "resume", "init", "log", "preview",
-                "device", "compile"}            # a run and its continuation may differ in these
+PER_RUN = {"data_dir", "out", "save_every", "slim", "resume", "init", "log", "preview", "device",
+           "compile"}                   # flags in which a run and its continuation may differ
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose help shows the defaults, and whose complaint is a ValueError."""
+    """An argument parser that shows defaults, and whose complaint is a ValueError."""
 
-    class Help(argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            has_default = action.default not in (None, False, True, "", argparse.SUPPRESS)
-            return action.help + (" (default: %(default)s)" if has_default else "")
+    def section(self, title):
+        """-> a function that adds a flag: its default, unless None, tells its type."""
+        group = self.add_argument_group(title)
+
+        def flag(name, default, help, **options):
+            if default is False:
+                options["action"] = "store_true"
+            elif "choices" not in options and "action" not in options:
+                options.setdefault("type", {int: whole, float: number}.get(type(default), str))
+            shown = "" if default in (None, False, True, "") else f" (default: {default})"
+            group.add_argument(name, default=default, help=help.strip() + shown, **options)
+
+        return flag
 
     def error(self, message):
         raise ValueError(message)
 
 
+def whole(text):
+    """A whole number above 0."""
+    if not text.isdecimal() or not 0 < int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def number(text):
+    """A number of at least 0."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return float(text)
+
+
+def numbers(text):
+    """Whole numbers above 0, with commas between them."""
+    return tuple(whole(part) for part in text.split(",") if part)
+
+
 def parse_args(argv=None):
     """The settings, checked; with --resume, those of the checkpoint that is gone on from."""
-    parser, path = Parser(description=__doc__, formatter_class=Parser.Help), os.path.expanduser
-    numbers = lambda text: tuple(int(part) for part in text.split(",") if part)
-    flag = parser.add_argument_group("data").add_argument
-    flag("--dataset", type=path, default="fashion-mnist", metavar="NAME",
-         help="fashion-mnist, mnist, cifar10, a FILE.npy of uint8 images, or an IDX file")
-    flag("--data-dir", type=path, default="data", help="where data are looked for, or downloaded to")
-    flag("--only", metavar="LABEL", help="train on one class, by name or index")
-    flag("--flip", action=argparse.BooleanOptionalAction,
-         help="mirror half of the images (default: cifar10 only, as in the paper)")
-    flag = parser.add_argument_group("diffusion").add_argument
-    flag("--timesteps", type=int, default=1000, help="T (paper: 1000)")
-    flag("--schedule", choices=("cosine", "linear"), help="(paper: linear; default: cosine)")
-    flag("--beta-start", type=float, help="beta_1 if linear (paper: 1e-4; default: 0.1 / T)")
-    flag("--beta-end", type=float, help="beta_T if linear (paper: 0.02; default: 20 / T)")
-    flag("--prediction", default="eps", choices=ddpm.CHOICES["prediction"], help="(paper: eps)")
-    flag("--variance", default="beta", choices=ddpm.CHOICES["variance"], help="(paper: beta)")
-    flag("--loss", choices=ddpm.CHOICES["loss"],
-         help="(paper: mse, L_simple; default: mse, or hybrid with a learned variance)")
-    flag = parser.add_argument_group("network").add_argument
-    flag("--channels", type=int, default=32, help="at the highest resolution (paper: 128)")
-    flag("--multipliers", type=numbers, default="1,2", metavar="N,N,..",
-         help="of the channels, at each resolution (paper: 1,2,2,2)")
-    flag("--blocks", type=int, default=1, help="residual blocks per resolution (paper: 2)")
-    flag("--attention", type=numbers, default="", metavar="N,N,..",
-         help="sizes of the feature maps that get it, besides the middle (paper: 16)")
-    flag("--heads", type=int, default=1, help="of the attention (paper: 1)")
-    flag("--dropout", type=float, default=0.0, help="in residual blocks (paper: 0.1)")
-    flag("--patch", type=int, default=2, help="pixels gathered along each side (paper: 1)")
-    flag("--block", default="resnet", choices=("resnet", "convnext"), help="(paper: resnet)")
-    flag("--embedding", default="add", choices=("add", "scale-shift"), help="of t (paper: add)")
-    flag("--conditional", action="store_true", help="learn labels, for sample.py's --guidance")
-    flag("--label-dropout", type=float, default=0.1, help="share of labels hidden, for guidance")
-    flag("--classifier", action="store_true", help="train a classifier of noisy images instead")
-    flag = parser.add_argument_group("optimisation").add_argument
-    flag("--steps", type=int, default=5500, help="of the optimiser (paper: 800,000)")
-    flag("--batch-size", type=int, default=64, help="of all processes together (paper: 128)")
-    flag("--accumulate", type=int, default=1, help="parts to compute a batch in, to save memory")
-    flag("--optimizer", default="muon", choices=("muon", "adam"), help="(paper: adam)")
-    flag("--lr", type=float, help="after the warm-up; it then falls to 0 (paper: 2e-4, constant; "
-         "default: 0.01 for muon, 0.005 for adam)")
-    flag("--warmup", type=int, default=100, help="steps over which the rate rises")
-    flag("--ema", type=float, default=0.999, help="decay of averaged weights (paper: 0.9999)")
-    flag("--precision", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
-         help="auto: bf16 where the hardware has units for it, else fp32 (paper: fp32)")
-    flag("--compile", action="store_true", help="torch.compile the network: a minute's wait")
-    flag("--checkpointing", action="store_true", help="compute blocks twice, to save memory")
-    flag("--seed", type=int, default=0, help="of everything random")
-    flag("--device", help="cpu, cuda, cuda:1 or mps (default: the best there is)")
-    flag("--threads", type=int, help="of the CPU (default: one or all, what is faster now)")
-    flag = parser.add_argument_group("output").add_argument
-    flag("--out", type=path, metavar="FILE.pt", help="(default: ddpm.pt, or classifier.pt)")
-    flag("--save-every", type=int, default=1000, help="steps between checkpoints")
-    flag("--slim", action="store_true", help="save the averaged weights alone, to sample from")
-    flag("--resume", action="store_true", help="go on from --out, with its settings, exactly")
-    flag("--init", type=path, metavar="FILE.pt", help="begin with a checkpoint's averaged weights")
-    flag("--log", type=path, metavar="FILE.csv", help="step, loss, learning rate, images/s")
-    flag("--preview", type=path, metavar="FILE.png", help="16 samples, at every checkpoint")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    path, choices = os.path.expanduser, ddpm.CHOICES
+    flag = parser.section("data")
+    flag("--dataset", "fashion-mnist", "mnist, cifar10, a FILE.npy or an IDX file", type=path)
+    flag("--data-dir", "data", "where data are looked for, or downloaded to", type=path)
+    flag("--only", None, "train on one class, by name or index", metavar="LABEL")
+    flag("--flip", None, "mirror half of the images (default: cifar10 only, as in the paper)",
+         action=argparse.BooleanOptionalAction)
+    flag = parser.section("diffusion")
+    flag("--timesteps", 1000, "T (paper: 1000)")
+    flag("--schedule", None, "paper: linear (default: cosine)", choices=("cosine", "linear"))
+    flag("--beta-start", None, "beta_1 if linear (paper: 1e-4; default: 0.1 / T)", type=number)
+    flag("--beta-end", None, "beta_T if linear (paper: 0.02; default: 20 / T)", type=number)
+    flag("--prediction", "eps", "paper: eps", choices=choices["prediction"])
+    flag("--variance", "beta", "paper: beta or posterior", choices=choices["variance"])
+    flag("--loss", None, "paper: mse, L_simple (default: mse, or hybrid with a learned variance)",
+         choices=choices["loss"])
+    flag = parser.section("network")
+    flag("--channels", 32, "at the highest resolution (paper: 128)")
+    flag("--multipliers", "1,2", "of the channels, by resolution (paper: 1,2,2,2)", type=numbers)
+    flag("--blocks", 1, "residual blocks per resolution (paper: 2)")
+    flag("--attention", "", "sizes of feature maps that get it, besides the middle (paper: 16)",
+         type=numbers)
+    flag("--heads", 1, "of the attention (paper: 1)")
+    flag("--dropout", 0.0, "in the residual blocks (paper: 0.1)")
+    flag("--patch", 2, "pixels gathered along each side (paper: 1)")
+    flag("--block", "resnet", "paper: resnet", choices=("resnet", "convnext"))
+    flag("--embedding", "add", "how blocks are told t (paper: add)", choices=("add", "scale-shift"))
+    flag("--conditional", False, "learn labels, for --label and --guidance of sample.py")
+    flag("--label-dropout", 0.1, "share of labels hidden, for guidance")
+    flag("--classifier", False, "train a classifier of noisy images instead")
+    flag = parser.section("optimisation")
+    flag("--steps", 5500, "of the optimiser (paper: 800,000)")
+    flag("--batch-size", 64, "of all processes together (paper: 128)")
+    flag("--accumulate", 1, "parts to compute a batch in, to save memory")
+    flag("--optimizer", "muon", "paper: adam", choices=("muon", "adam"))
+    flag("--lr", None, "after the warm-up; it then falls to 0 (paper: 2e-4, constant; default: 0.01 "
+         "for muon, 0.005 for adam)", type=number)
+    flag("--warmup", 100, "steps over which the rate rises", type=int)
+    flag("--ema", 0.999, "decay of the averaged weights (paper: 0.9999)")
+    flag("--precision", "auto", "auto: bf16 where the hardware has units for it (paper: fp32)",
+         choices=("auto", "fp32", "bf16", "fp16"))
+    flag("--compile", False, "torch.compile the network: a minute's wait")
+    flag("--checkpointing", False, "compute blocks twice, to save memory")
+    flag("--seed", 0, "of everything random", type=int)
+    flag("--device", None, "cpu, cuda, cuda:1 or mps (default: the best there is)")
+    flag("--threads", None, "of the CPU (default: one or all, what is faster now)", type=whole)
+    flag = parser.section("output")
+    flag("--out", None, "checkpoint (default: ddpm.pt, or classifier.pt)", type=path)
+    flag("--save-every", 1000, "steps between checkpoints")
+    flag("--slim", False, "save the averaged weights alone, to sample from")
+    flag("--resume", False, "go on from --out, with its settings, exactly")
+    flag("--init", None, "checkpoint whose averaged weights to begin with", type=path)
+    flag("--log", None, "CSV file of step, loss, learning rate, images/s", type=path)
+    flag("--preview", None, "picture of 16 samples, at every checkpoint", type=path)
 
     defaults = vars(parser.parse_args([]))
     unset = argparse.Namespace(**dict.fromkeys(defaults))
@@ -112,11 +138,10 @@ def parse_args(argv=None):
     args.out = args.out or ("classifier.pt" if args.classifier else "ddpm.pt")
     if args.resume:
         old = read_checkpoint(args.out)["settings"]
-        differing = [f"{k} was {old[k]!r} and is {given[k]!r}" for k in given.keys() & old
-                     if given[k] != old[k] and k not in ("dataset", "steps", "threads")]
-        if differing:
-            raise ValueError(f"--resume keeps the settings of {args.out}, but "
-                             f"{', '.join(differing)}. To begin anew with its weights: --init")
+        for k in given.keys() & old.keys() - {"dataset", "steps", "threads"}:
+            if given[k] != old[k]:
+                raise ValueError(f"--resume keeps the settings of {args.out}, but {k} was {old[k]} and "
+                                 f"is {given[k]}. To begin anew with its weights: --init")
         vars(args).update({k: v for k, v in old.items() if k not in given})
     complete(args)
     return args
@@ -124,14 +149,11 @@ def parse_args(argv=None):
 
 def complete(args):
     """Fill in the defaults that depend on other settings; refuse what would cost hours."""
-    positive = ("timesteps", "channels", "heads", "steps", "batch_size", "accumulate", "save_every")
-    if any(getattr(args, name) < 1 for name in positive) or min(args.multipliers, default=0) < 1:
-        raise ValueError(f"--{', --'.join(positive)} and --multipliers must be at least 1")
-    if not all(0 <= x < 1 for x in (args.dropout, args.ema, args.label_dropout)):
-        raise ValueError("--dropout, --ema and --label-dropout must lie in 0..1, 1 excluded")
     args.lr = {"muon": 0.01, "adam": 0.005}[args.optimizer] if args.lr is None else args.lr
-    if not (0 < args.lr < math.inf and args.warmup >= 0 and 0 <= args.seed < 2**63):
-        raise ValueError("--lr must be above 0, --warmup and --seed at least 0")
+    if not args.multipliers or not 0 < args.lr or min(args.warmup, args.seed) < 0 or max(
+            args.dropout, args.ema, args.label_dropout) >= 1:
+        raise ValueError("--lr is above 0, --warmup and --seed at least 0, --dropout, --ema and "
+                         "--label-dropout below 1, and --multipliers like 1,2")
     linear = args.beta_start is not None or args.beta_end is not None
     args.schedule = args.schedule or ("linear" if linear else "cosine")
     if args.schedule == "linear":           # the paper's ends, scaled so that any T ends in noise
@@ -142,8 +164,7 @@ def complete(args):
     learned = args.variance.startswith("learned")
     args.loss = args.loss or ("hybrid" if learned else "mse")
     if learned and args.loss not in ("vlb", "hybrid"):
-        raise ValueError(f"--variance {args.variance} is not trained by --loss {args.loss}: take "
-                         "hybrid or vlb")
+        raise ValueError(f"--loss {args.loss} does not train --variance {args.variance}: use hybrid")
     if bool(args.only) + args.conditional + args.classifier > 1:
         raise ValueError("--only, --conditional and --classifier exclude each other")
     if args.flip is None:
@@ -159,13 +180,13 @@ def train(args):
     run = Run(args)
     if run.done >= args.steps:
         return run.say(f"{args.out} has all {run.done} steps. To go on: --steps {2 * run.done}")
-    with interruptions() as signals:
-        while run.done < args.steps and not run.told_to_stop(signals):      # 1: repeat
-            run.step()                                                      # 2-5
-            run.report()
-            if run.done % args.save_every == 0:
-                run.save()
-        run.save()                                                          # 6: until converged
+    signals = catch_signals()
+    while run.done < args.steps and not run.told_to_stop(signals):          # 1: repeat
+        run.step()                                                          # 2-5
+        run.report()
+        if run.done % args.save_every == 0:
+            run.save()
+    run.save()                                                              # 6: until converged
     if run.done < args.steps:
         run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: --resume")
         sys.exit(128 + signals[0] if signals else 1)
@@ -174,8 +195,7 @@ def train(args):
             + ("" if args.out == "ddpm.pt" else f" {flag} {args.out}"))
 
 
-@contextlib.contextmanager
-def interruptions():
+def catch_signals():
     """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step in hand is finished and
     saved. A second Ctrl-C ends at once; under torchrun SIGTERM may come twice."""
     signals = []
@@ -185,14 +205,10 @@ def interruptions():
             sys.exit(1)
         signals.append(number)
 
-    wanted = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    before = {number: signal.signal(number, remember) for number in wanted
-              if signal.getsignal(number) != signal.SIG_IGN}                # nohup ignores SIGHUP
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) != signal.SIG_IGN:                      # nohup ignores SIGHUP
+            signal.signal(number, remember)
+    return signals
 
 
 class Run:
@@ -382,7 +398,7 @@ class Run:
             data.keep_older(path)
         checkpoint = {
             "format": FORMAT, "shape": self.shape, "classes": self.classes, "source": self.source,
-            "settings": {k: v for k, v in vars(self.args).items() if k not in NOT_SETTINGS},
+            "settings": {k: v for k, v in vars(self.args).items() if k not in PER_RUN},
             "step": self.done, "ema": self.average.state_dict()}
         if not self.args.slim:
             checkpoint["training"] = {
