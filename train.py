@@ -7,7 +7,6 @@
 It writes ddpm.pt, from which sample.py draws.
 """
 import argparse
-import contextlib
 import copy
 import datetime
 import math
@@ -15,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import timeit
 import warnings
 import zipfile
 
@@ -29,24 +29,26 @@ import ddpm
 import unet
 
 FORMAT = "ddpm checkpoint 4"
-PER_RUN = {"data_dir", "out", "save_every", "slim", "resume", "init", "log", "preview", "device",
-           "compile"}                   # flags in which a run and its continuation may differ
+NOT_KEPT = {"data_dir", "out", "save_every", "slim", "resume", "init", "log", "preview", "device",
+            "compile"}                  # flags that are no settings of a checkpoint
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows defaults, and whose complaint is a ValueError."""
+    """An argument parser whose complaint is a ValueError."""
 
     def section(self, title):
-        """-> a function that adds a flag: its default, unless None, tells its type."""
+        """-> a function that adds a flag: its default tells its type, and is shown."""
         group = self.add_argument_group(title)
 
         def flag(name, default, help, **options):
+            kind = type(default)
             if default is False:
                 options["action"] = "store_true"
-            elif "choices" not in options and "action" not in options:
-                options.setdefault("type", {int: whole, float: number}.get(type(default), str))
-            shown = "" if default in (None, False, True, "") else f" (default: {default})"
-            group.add_argument(name, default=default, help=help.strip() + shown, **options)
+            elif "action" not in options:
+                parse = {int: whole, float: number}.get(kind, os.path.expanduser)
+                options.setdefault("type", parse)
+            help += f" (default: {default})" if kind in (int, float, str) else ""
+            group.add_argument(name, default=default, help=help, **options)
 
         return flag
 
@@ -74,48 +76,44 @@ def numbers(text):
 
 
 def parse_args(argv=None):
-    """The settings, checked; with --resume, those of the checkpoint that is gone on from."""
+    """The settings, checked; with --resume, those of the checkpoint unless they are given."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    path, choices = os.path.expanduser, ddpm.CHOICES
+    choices, either = ddpm.CHOICES, argparse.BooleanOptionalAction
     flag = parser.section("data")
-    flag("--dataset", "fashion-mnist", "mnist, cifar10, a FILE.npy or an IDX file", type=path)
-    flag("--data-dir", "data", "where data are looked for, or downloaded to", type=path)
-    flag("--only", None, "train on one class, by name or index", metavar="LABEL")
-    flag("--flip", None, "mirror half of the images (default: cifar10 only, as in the paper)",
-         action=argparse.BooleanOptionalAction)
+    flag("--dataset", "fashion-mnist", "mnist, cifar10, a FILE.npy or an IDX file")
+    flag("--data-dir", "data", "where data are looked for, or downloaded to")
+    flag("--only", None, "train on one class, by name or index")
+    flag("--flip", None, "mirror half of the images (paper, default: of cifar10)", action=either)
     flag = parser.section("diffusion")
     flag("--timesteps", 1000, "T (paper: 1000)")
     flag("--schedule", None, "paper: linear (default: cosine)", choices=("cosine", "linear"))
-    flag("--beta-start", None, "beta_1 if linear (paper: 1e-4; default: 0.1 / T)", type=number)
-    flag("--beta-end", None, "beta_T if linear (paper: 0.02; default: 20 / T)", type=number)
+    flag("--beta-start", None, "if linear (paper: 1e-4; default: 0.1 / T)", type=number)
+    flag("--beta-end", None, "if linear (paper: 0.02; default: 20 / T)", type=number)
     flag("--prediction", "eps", "paper: eps", choices=choices["prediction"])
-    flag("--variance", "beta", "paper: beta or posterior", choices=choices["variance"])
-    flag("--loss", None, "paper: mse, L_simple (default: mse, or hybrid with a learned variance)",
-         choices=choices["loss"])
+    flag("--variance", "beta", "paper: beta, posterior", choices=choices["variance"])
+    flag("--loss", None, "paper: mse (default: mse; if learned: hybrid)", choices=choices["loss"])
     flag = parser.section("network")
     flag("--channels", 32, "at the highest resolution (paper: 128)")
-    flag("--multipliers", "1,2", "of the channels, by resolution (paper: 1,2,2,2)", type=numbers)
-    flag("--blocks", 1, "residual blocks per resolution (paper: 2)")
-    flag("--attention", "", "sizes of feature maps that get it, besides the middle (paper: 16)",
-         type=numbers)
+    flag("--multipliers", "1,2", "of channels, by resolution (paper: 1,2,2,2)", type=numbers)
+    flag("--blocks", 1, "per resolution (paper: 2)")
+    flag("--attention", (), "at map sizes (paper: 16; default: middle alone)", type=numbers)
     flag("--heads", 1, "of the attention (paper: 1)")
-    flag("--dropout", 0.0, "in the residual blocks (paper: 0.1)")
+    flag("--dropout", 0.0, "paper: 0.1")
     flag("--patch", 2, "pixels gathered along each side (paper: 1)")
     flag("--block", "resnet", "paper: resnet", choices=("resnet", "convnext"))
-    flag("--embedding", "add", "how blocks are told t (paper: add)", choices=("add", "scale-shift"))
-    flag("--conditional", False, "learn labels, for --label and --guidance of sample.py")
+    flag("--embedding", "add", "of t (paper: add)", choices=("add", "scale-shift"))
+    flag("--conditional", False, "learn labels, for sample.py's --label and --guidance")
     flag("--label-dropout", 0.1, "share of labels hidden, for guidance")
     flag("--classifier", False, "train a classifier of noisy images instead")
     flag = parser.section("optimisation")
-    flag("--steps", 5500, "of the optimiser (paper: 800,000)")
+    flag("--steps", 5500, "paper: 800,000")
     flag("--batch-size", 64, "of all processes together (paper: 128)")
     flag("--accumulate", 1, "parts to compute a batch in, to save memory")
     flag("--optimizer", "muon", "paper: adam", choices=("muon", "adam"))
-    flag("--lr", None, "after the warm-up; it then falls to 0 (paper: 2e-4, constant; default: 0.01 "
-         "for muon, 0.005 for adam)", type=number)
-    flag("--warmup", 100, "steps over which the rate rises", type=int)
+    flag("--lr", None, "paper: 2e-4 (default: muon 0.01, adam 0.005; falls to 0)", type=number)
+    flag("--warmup", 100, "steps in which the rate rises", type=int)
     flag("--ema", 0.999, "decay of the averaged weights (paper: 0.9999)")
-    flag("--precision", "auto", "auto: bf16 where the hardware has units for it (paper: fp32)",
+    flag("--precision", "auto", "paper: fp32; auto: bf16 if the hardware has it",
          choices=("auto", "fp32", "bf16", "fp16"))
     flag("--compile", False, "torch.compile the network: a minute's wait")
     flag("--checkpointing", False, "compute blocks twice, to save memory")
@@ -123,325 +121,289 @@ def parse_args(argv=None):
     flag("--device", None, "cpu, cuda, cuda:1 or mps (default: the best there is)")
     flag("--threads", None, "of the CPU (default: one or all, what is faster now)", type=whole)
     flag = parser.section("output")
-    flag("--out", None, "checkpoint (default: ddpm.pt, or classifier.pt)", type=path)
+    flag("--out", None, "checkpoint (default: ddpm.pt, or classifier.pt)")
     flag("--save-every", 1000, "steps between checkpoints")
     flag("--slim", False, "save the averaged weights alone, to sample from")
     flag("--resume", False, "go on from --out, with its settings, exactly")
-    flag("--init", None, "checkpoint whose averaged weights to begin with", type=path)
-    flag("--log", None, "CSV file of step, loss, learning rate, images/s", type=path)
-    flag("--preview", None, "picture of 16 samples, at every checkpoint", type=path)
+    flag("--init", None, "checkpoint whose averaged weights to begin with")
+    flag("--log", None, "CSV file of step, loss, learning rate, images/s")
+    flag("--preview", None, "picture of 16 samples, at every checkpoint")
 
     defaults = vars(parser.parse_args([]))
-    unset = argparse.Namespace(**dict.fromkeys(defaults))
+    unset = argparse.Namespace(**dict.fromkeys(defaults))       # tells what is given from the rest
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
-    args = argparse.Namespace(**{**defaults, **given})
-    args.out = args.out or ("classifier.pt" if args.classifier else "ddpm.pt")
-    if args.resume:
-        old = read_checkpoint(args.out)["settings"]
-        for k in given.keys() & old.keys() - {"dataset", "steps", "threads"}:
-            if given[k] != old[k]:
-                raise ValueError(f"--resume keeps the settings of {args.out}, but {k} was {old[k]} and "
-                                 f"is {given[k]}. To begin anew with its weights: --init")
-        vars(args).update({k: v for k, v in old.items() if k not in given})
-    complete(args)
+    out = given.get("out") or ("classifier.pt" if "classifier" in given else "ddpm.pt")
+    old = read_checkpoint(out)["settings"] if "resume" in given else {}
+    for k in given.keys() & old.keys() - {"dataset", "steps", "threads"}:
+        if given[k] != old[k]:
+            raise ValueError(f"--resume keeps {k}, which was {old[k]} and is {given[k]} "
+                             "now. To begin anew with the weights of a checkpoint: --init")
+    args = argparse.Namespace(**{**defaults, **old, **given, "out": out})
+
+    T, learned = args.timesteps, args.variance.startswith("learned")
+    has_beta = (args.beta_start, args.beta_end) != (None, None)
+    linear = args.schedule == "linear" or (args.schedule is None and has_beta)
+    dependent = {
+        "flip": args.dataset in data.DATASETS and data.DATASETS[args.dataset].flip,
+        "schedule": "linear" if linear else "cosine",
+        "beta_start": 0.1 / T if linear else None,          # the paper's ends, scaled so that x_T
+        "beta_end": 20 / T if linear else None,             # is noise for any T
+        "loss": "hybrid" if learned else "mse",
+        "lr": 0.01 if args.optimizer == "muon" else 0.005}
+    vars(args).update({k: v for k, v in dependent.items() if getattr(args, k) is None})
+    for wrong, message in (
+            (max(args.dropout, args.ema, args.label_dropout) >= 1,
+             "--dropout, --ema and --label-dropout must be below 1"),
+            (args.lr == 0 or min(args.warmup, args.seed) < 0,
+             "--lr must be above 0, --warmup and --seed at least 0"),
+            (has_beta and not linear, "--beta-start and --beta-end belong to --schedule linear"),
+            (learned and args.loss not in ("vlb", "hybrid"),
+             f"--loss {args.loss} does not train --variance {args.variance}: use hybrid"),
+            (bool(args.only) + args.conditional + args.classifier > 1,
+             "--only, --conditional and --classifier exclude each other"),
+            (args.classifier and args.preview, "--preview is of samples: a classifier has none")):
+        if wrong:
+            raise ValueError(message)
+    make_diffusion(args)                                    # refuses what cannot be
     return args
-
-
-def complete(args):
-    """Fill in the defaults that depend on other settings; refuse what would cost hours."""
-    args.lr = {"muon": 0.01, "adam": 0.005}[args.optimizer] if args.lr is None else args.lr
-    if not args.multipliers or not 0 < args.lr or min(args.warmup, args.seed) < 0 or max(
-            args.dropout, args.ema, args.label_dropout) >= 1:
-        raise ValueError("--lr is above 0, --warmup and --seed at least 0, --dropout, --ema and "
-                         "--label-dropout below 1, and --multipliers like 1,2")
-    linear = args.beta_start is not None or args.beta_end is not None
-    args.schedule = args.schedule or ("linear" if linear else "cosine")
-    if args.schedule == "linear":           # the paper's ends, scaled so that any T ends in noise
-        args.beta_start = 0.1 / args.timesteps if args.beta_start is None else args.beta_start
-        args.beta_end = 20 / args.timesteps if args.beta_end is None else args.beta_end
-    elif linear:
-        raise ValueError("--beta-start and --beta-end belong to --schedule linear")
-    learned = args.variance.startswith("learned")
-    args.loss = args.loss or ("hybrid" if learned else "mse")
-    if learned and args.loss not in ("vlb", "hybrid"):
-        raise ValueError(f"--loss {args.loss} does not train --variance {args.variance}: use hybrid")
-    if bool(args.only) + args.conditional + args.classifier > 1:
-        raise ValueError("--only, --conditional and --classifier exclude each other")
-    if args.flip is None:
-        args.flip = args.dataset in data.DATASETS and data.DATASETS[args.dataset].flip
-    make_diffusion(args)
-
-
-# ------------------------------------------------------------------------------- the training loop
 
 
 def train(args):
     """Algorithm 1, until --steps are taken or someone stops it."""
-    run = Run(args)
-    if run.done >= args.steps:
-        return run.say(f"{args.out} has all {run.done} steps. To go on: --steps {2 * run.done}")
-    signals = catch_signals()
-    while run.done < args.steps and not run.told_to_stop(signals):          # 1: repeat
-        run.step()                                                          # 2-5
-        run.report()
-        if run.done % args.save_every == 0:
-            run.save()
-    run.save()                                                              # 6: until converged
-    if run.done < args.steps:
-        run.say(f"stopped at step {run.done}, saved in {args.out}. To go on: --resume")
-        sys.exit(128 + signals[0] if signals else 1)
-    flag = "--score" if args.classifier else "--checkpoint"
-    run.say(f"averaged weights are in {args.out}. Next: python sample.py"
-            + ("" if args.out == "ddpm.pt" else f" {flag} {args.out}"))
+    run, signals, stop = Run(args), [], torch.tensor(0)
 
-
-def catch_signals():
-    """A list that Ctrl-C, SIGTERM and SIGHUP go into, so that the step in hand is finished and
-    saved. A second Ctrl-C ends at once; under torchrun SIGTERM may come twice."""
-    signals = []
-
-    def remember(number, _):
-        if signals and number == signal.SIGINT:
-            sys.exit(1)
+    def remember(number, _):        # the step in hand is finished; a second Ctrl-C ends at once
         signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        if signal.getsignal(number) != signal.SIG_IGN:                      # nohup ignores SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
             signal.signal(number, remember)
-    return signals
+    if run.done >= args.steps:
+        return run.say(f"{args.out} has all its {run.done} steps. To go on: --steps N", True)
+    while run.done < args.steps and stop == 0:              # 1: repeat
+        run.step()                                          # 2-5
+        run.report()
+        stop += len(signals)
+        if run.world > 1:
+            dist.all_reduce(stop)                           # all stop together
+        if run.done % args.save_every == 0:
+            run.save()
+    run.save()                                              # 6: until converged
+    if run.done < args.steps:
+        saved = f"saved in {args.out}. To go on: --resume" if run.own_file else "nothing to save"
+        run.say(f"stopped at step {run.done}, {saved}", True)
+        sys.exit(128 + signals[0] if signals else 1)
+    flag = "--score" if args.classifier else "--checkpoint"
+    run.say(f"averaged weights are in {args.out}. Next: python sample.py {flag} {args.out}", True)
 
 
 class Run:
-    """A training in progress.
-
-    Random numbers come from (seed, step, part of the batch) alone. So a resumed run does what it
-    would have done, N processes do what --accumulate N does in one, and no stream is saved.
-    Between two reports nothing looks at a number on the device, so that a GPU never has to wait.
-    """
+    """A training in progress. Random numbers come from (seed, step, part of the batch) alone: so a
+    resumed run does what it would have done, and N processes what --accumulate N does in one. A
+    step looks at no number on the device, so that a GPU never waits for Python."""
 
     def __init__(self, args):
         self.args, self.device, (self.rank, self.world, _) = args, pick_device(args.device), ranks()
-        parts = self.world * args.accumulate
+        device, gpu, parts = self.device, self.device.type == "cuda", self.world * args.accumulate
+        self.say = data.progress if self.rank == 0 else lambda *_: None
         if args.batch_size % parts:
             raise ValueError(f"--batch-size {args.batch_size} does not divide into {parts} parts")
-        self.part_size, gpu = args.batch_size // parts, self.device.type == "cuda"
+        if gpu:
+            torch.cuda.set_stream(torch.cuda.Stream())      # the default one cannot be recorded
         if self.world > 1:
-            backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-            dist.init_process_group(backend, device_id=self.device if gpu else None)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
         if self.rank == 0:
             data.check_outputs((args.out, args.log, args.preview), (args.dataset, args.init))
         images, labels, self.classes = data.load_with_classes(args.dataset, "train", args.data_dir,
                                                               args.only)
         if (args.conditional or args.classifier) and len(self.classes) < 2:
             raise ValueError(f"{args.dataset} has no labels of two classes or more")
-        self.images, self.labels = images.to(self.device), labels.to(self.device)
-        self.shape, self.source = tuple(images.shape[1:]), {
-            "dataset": args.dataset, "images": len(images),
-            "fingerprint": data.fingerprint(images, labels)}
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.part_size, self.shape = args.batch_size // parts, tuple(images.shape[1:])
+        self.source = {"dataset": args.dataset, "images": len(images),
+                       "fingerprint": data.fingerprint(images, labels)}
 
         torch.manual_seed(args.seed)
-        self.diffusion = make_diffusion(args).to(self.device)
-        self.network = to_device(make_network(args, self.shape, self.classes), self.device)
+        self.diffusion = make_diffusion(args).to(device)
+        self.network = to_device(make_network(args, self.shape, self.classes), device)
         if args.init:
-            weights = load_checkpoint(args.init, "cpu", args.classifier)[0].state_dict()
-            with data.named_errors(f"--init {args.init} has another network"):
-                self.network.load_state_dict(weights)
+            with data.named_errors(f"--init {args.init} does not fit"):
+                self.network.load_state_dict(read_checkpoint(args.init)["ema"])
         self.average = copy.deepcopy(self.network).eval()
         self.weights, self.averages = (list(n.parameters()) for n in (self.network, self.average))
-        self.lr = torch.full((), args.lr, device=self.device)
+        self.lr = torch.tensor(args.lr, device=device)
         self.optimizers = make_optimizers(self.network, self.lr, args.optimizer == "muon")
-        self.importance = ImportanceSampler(args.timesteps)
-        self.dtype = pick_dtype(args.precision, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.done, self.own_file, self.seen = 0, None, []
+        self.importance, self.seen = ImportanceSampler(args.timesteps), []
+        self.dtype = pick_dtype(args.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.done, self.own_file = 0, None
         if args.resume:
             self.restore()
+        self.n = torch.tensor(float(self.done), device=device)
+        self.loss_sum, self.skipped, self.skipped_in_a_row = torch.zeros(3, device=device)
         self.model = torch.compile(self.network) if args.compile else self.network
         if self.world > 1:
-            self.model = DistributedDataParallel(self.model, [self.device] if gpu else None)
-        if args.threads is None and self.device.type == "cpu" and self.world == 1:
+            self.model = DistributedDataParallel(self.model)
+        can_record = gpu and parts == 1 and not args.compile and args.loss in ("mse", "l1", "huber")
+        self.record_at = self.done + 3 if can_record else None
+        if device.type == "cpu" and self.world == 1 and not args.threads:
             args.threads = faster_threads(lambda: self.losses(*self.batch()).mean().backward())
             self.network.zero_grad()
-        torch.set_num_threads(args.threads or torch.get_num_threads())
-        if gpu:                                         # a step is recorded on a stream of its own
-            torch.cuda.set_stream(torch.cuda.Stream())
+            self.seen.clear()
+        torch.set_num_threads(threads := args.threads or torch.get_num_threads())
+        cores = f", {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else ""
+        size, parameters = "x".join(map(str, self.shape)), sum(w.numel() for w in self.weights)
+        self.say(f"{len(images):,} images {size}{', half of them mirrored' * args.flip}, "
+                 f"{parameters:,} parameters, {device}, {str(self.dtype)[6:]}{cores}, "
+                 f"steps {self.done} to {args.steps} of {args.batch_size} images", True)
         self.log = open_log(args.log, self.done) if args.log and self.rank == 0 else None
-        self.n, self.loss_sum, self.skipped, self.skipped_in_a_row = (      # counted on the device
-            torch.full((), x, device=self.device) for x in (float(self.done), 0.0, 0.0, 0.0))
-        self.first = self.reported = self.done
-        self.reported_at = time.perf_counter()
-        self.say(f"{len(images):,} images {'x'.join(map(str, self.shape))}"
-                 f"{', half of them mirrored' * args.flip}, "
-                 f"{sum(w.numel() for w in self.weights):,} parameters, {self.device}, "
-                 f"{str(self.dtype)[6:]}, {torch.get_num_threads()} threads, "
-                 f"steps {self.done} to {args.steps} of {args.batch_size} images")
+        self.reported, self.reported_at = self.done, time.perf_counter()
 
     def step(self):
         """Lines 2 to 5 of Algorithm 1, for this process's parts of the batch."""
-        can_be_recorded = (self.device.type == "cuda" and self.world == self.args.accumulate == 1
-                           and not self.args.compile and self.args.loss in ("mse", "l1", "huber"))
-        if can_be_recorded and self.done == self.first + 3:
-            self.record()
-        for k in range(self.args.accumulate):
-            part = self.rank * self.args.accumulate + k
-            torch.manual_seed(random_stream(self.args.seed, self.done, part))
-            self.add_gradient(last=k == self.args.accumulate - 1)
+        if self.done == self.record_at:     # many small kernels take longer to launch than to run
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self.add_gradient(last=True)
+            self.add_gradient = lambda last: graph.replay()         # draws from the seed set before
+        parts = self.args.accumulate
+        for k in range(parts):
+            torch.manual_seed(random_stream(self.args.seed, self.done, self.rank * parts + k))
+            self.add_gradient(last=k == parts - 1)
         self.done += 1
 
     def add_gradient(self, last):
         """The gradient of a part of the batch; after the last part, the step along it."""
-        x_0, y = self.batch()                                           # 2: x_0 ~ q(x_0)
-        with contextlib.nullcontext() if last or self.world == 1 else self.model.no_sync():
-            loss = self.losses(x_0, y).mean() / self.args.accumulate    # 3-5: see training_losses
-            self.scaler.scale(loss).backward()                          # 5: take gradient
+        if self.world > 1:
+            self.model.require_backward_grad_sync = last    # average over processes at the end
+        x_0, y = self.batch()                                       # 2: x_0 ~ q(x_0)
+        loss = self.losses(x_0, y).mean() / self.args.accumulate    # 3-5: see training_losses
+        self.scaler.scale(loss).backward()                          # 5: take gradient
         self.loss_sum += loss.detach()
         if last:
-            self.descend()                                              #    descent step
-
-    def record(self):
-        """From now on replay a step as one CUDA graph: its many small kernels take longer to launch
-        than to run. A replay draws its random numbers from the seed that is set before it."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            self.add_gradient(last=True)
-        self.add_gradient = lambda last: graph.replay()
+            self.descend()                                          #    descent step
 
     def batch(self):
         """Images drawn with replacement, in [-1, 1], and their labels, some of them hidden."""
-        index = torch.randint(len(self.images), (self.part_size,), device=self.device)
+        B, device = self.part_size, self.device
+        index = torch.randint(len(self.images), (B,), device=device)
         x_0, y = data.to_model(self.images[index]), self.labels[index]
         if self.args.flip:
-            mirrored = torch.rand(len(x_0), 1, 1, 1, device=self.device) < 0.5
+            mirrored = torch.rand(B, 1, 1, 1, device=device) < 0.5
             x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
         if self.args.conditional:
-            hidden = torch.rand(len(y), device=self.device) < self.args.label_dropout
+            hidden = torch.rand(B, device=device) < self.args.label_dropout
             y = y.masked_fill(hidden, len(self.classes))
         return x_0, y
 
     def losses(self, x_0, y):
         """What is minimised, for each image, (B,)."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self.args.classifier:
-                return classifier_losses(self.model, self.diffusion, x_0, y)
-            model = lambda x_t, t: self.model(x_t, t, y if self.args.conditional else None)
-            if self.args.loss != "vlb":
-                return self.diffusion.training_losses(model, x_0)
-            t, weights = self.importance.draw(len(x_0))
-            losses = self.diffusion.training_losses(model, x_0, t.to(self.device))
-            self.seen.append(torch.stack([t.float(), losses.detach().cpu()], dim=1))
-            return losses * weights.to(self.device)
+        args, diffusion, B, device = self.args, self.diffusion, len(x_0), self.device
+        model = lambda x_t, t: self.model(x_t, t, y if args.conditional else None)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if args.classifier:             # a quarter are clean images, t = 0, as --score has them
+                t = torch.randint(0, args.timesteps + 1, (B,), device=device)
+                t = t * (torch.rand(B, device=device) > 0.25)
+                x_t = diffusion.q_sample(x_0, t.clamp(min=1))
+                x_t = torch.where((t > 0)[:, None, None, None], x_t, x_0)
+                return F.cross_entropy(self.model(x_t, t), y, reduction="none")
+            if args.loss != "vlb":
+                return diffusion.training_losses(model, x_0)
+            t, weights = self.importance.draw(B)
+            losses = diffusion.training_losses(model, x_0, t.to(device))
+            self.seen += zip(t.tolist(), losses.tolist())
+            return losses * weights.to(device)
 
     def descend(self):
-        """A step along the gradient, its norm held to 1, and into the average of the weights. If
-        the gradient is not finite, the step is left out and counted."""
-        self.lr.copy_(learning_rate(self.n, self.args.steps, self.args.lr, self.args.warmup))
+        """A step along the gradient, its norm at most 1, and into the averaged weights. Where it is
+        not finite, the optimisers leave the weights as they are."""
+        args, n = self.args, self.n
+        self.lr.copy_(learning_rate(n, args.steps, args.lr, args.warmup))
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         bad = ~torch.isfinite(torch.nn.utils.clip_grad_norm_(self.weights, 1.0))
         for optimizer in self.optimizers:
-            optimizer.found_inf = bad.float()           # they then leave their weights as they are
+            optimizer.found_inf = bad.float()
             optimizer.step()
             optimizer.zero_grad()
         self.scaler.update()
-        decay = torch.clamp((1 + self.n) / (10 + self.n), max=self.args.ema)    # forget the start
-        update_ema(self.averages, self.weights, decay)
+        update_ema(self.averages, self.weights, torch.clamp((1 + n) / (10 + n), max=args.ema))
         self.skipped += bad
         self.skipped_in_a_row.add_(1).mul_(bad)
-        self.n += 1
+        n += 1
         if self.seen:
-            everyone, self.seen = [torch.cat(self.seen)] * self.world, []
+            everyone = [self.seen] * self.world
             if self.world > 1:
-                dist.all_gather(everyone := [x.clone() for x in everyone], everyone[0].clone())
-            for t, loss in torch.cat(everyone):
-                self.importance.remember(int(t), loss)
-
-    def told_to_stop(self, signals):
-        """Whether to stop. Processes ask each other, on the CPU, so that all stop at one step."""
-        told = torch.tensor(len(signals))
-        if self.world > 1:
-            dist.all_reduce(told)
-        return told.item() > 0
-
-    def say(self, text, final=True):
-        if self.rank == 0:
-            data.progress(text, final)
+                dist.all_gather_object(everyone, self.seen)
+            for seen in everyone:
+                for t, loss in seen:
+                    self.importance.remember(t, loss)
+            self.seen = []
 
     def report(self):
         """Once a second, and at the end: say how it goes. ValueError if it does not go at all."""
-        seconds, last = time.perf_counter() - self.reported_at, self.done == self.args.steps
-        if seconds < 1 and not last:
+        args, done, now = self.args, self.done, time.perf_counter()
+        steps, seconds = done - self.reported, now - self.reported_at
+        if seconds < 1 and done < args.steps:
             return
-        steps = self.done - self.reported
         loss, skipped, in_a_row, lr = torch.stack(
             [self.loss_sum / steps, self.skipped, self.skipped_in_a_row, self.lr]).tolist()
+        if in_a_row >= min(100, args.steps):
+            raise ValueError(f"the gradient has not been finite for {in_a_row:.0f} steps. Try a "
+                             "lower --lr, or --precision fp32")
         self.loss_sum.zero_()
-        self.reported, self.reported_at = self.done, time.perf_counter()
-        if in_a_row >= 100 or last and skipped == self.args.steps:
-            raise ValueError(f"the gradient has not been finite for {in_a_row:.0f} steps, which are "
-                             "not saved. Try a lower --lr, or --precision fp32")
-        left = datetime.timedelta(seconds=round((self.args.steps - self.done) * seconds / steps))
-        speed = steps * self.args.batch_size / seconds
-        self.say(f"step {self.done}/{self.args.steps}  loss {loss:.4f}  {speed:.0f} images/s  "
-                 f"{left} left" + f"  {skipped:.0f} steps skipped" * (skipped > 0), final=last)
+        self.reported, self.reported_at = done, now
+        speed = steps * args.batch_size / seconds
+        left = datetime.timedelta(seconds=round((args.steps - done) * seconds / steps))
+        self.say(f"step {done}/{args.steps}  loss {loss:.4f}  {speed:.0f} images/s  {left} left"
+                 + f"  {skipped:.0f} steps skipped" * (skipped > 0), done == args.steps)
         if self.log:
-            print(f"{self.done},{loss:.6g},{lr:.6g},{speed:.1f}", file=self.log, flush=True)
+            print(f"{done},{loss:.6g},{lr:.6g},{speed:.1f}", file=self.log, flush=True)
 
     def save(self):
-        """Write the checkpoint: --out is always a complete one, the old or the new. A file that
-        another run put there is kept under another name."""
-        path = self.args.out
-        if self.rank > 0 or self.done == 0 or int(self.skipped_in_a_row) > 0:
+        """Write --out, which is always whole, the old or the new; another run's file is kept."""
+        args, path = self.args, self.args.out
+        if self.rank > 0 or int(self.skipped_in_a_row) == self.done:
             return
         if not all(torch.isfinite(w).all() for w in self.weights):
-            raise ValueError("the weights are no longer finite, and not saved. Try a lower --lr")
+            raise ValueError("the weights are not finite, and not saved. Try a lower --lr")
         if os.path.exists(path) and os.stat(path).st_mtime_ns != self.own_file:
             data.keep_older(path)
-        checkpoint = {
-            "format": FORMAT, "shape": self.shape, "classes": self.classes, "source": self.source,
-            "settings": {k: v for k, v in vars(self.args).items() if k not in PER_RUN},
-            "step": self.done, "ema": self.average.state_dict()}
-        if not self.args.slim:
-            checkpoint["training"] = {
-                "model": self.network.state_dict(), "scaler": self.scaler.state_dict(),
-                "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
-                "importance": self.importance.losses}
+        training = {"model": self.network.state_dict(), "scaler": self.scaler.state_dict(),
+                    "optimizers": [each.state_dict()["state"] for each in self.optimizers],
+                    "importance": self.importance.losses}
+        settings = {k: v for k, v in vars(args).items() if k not in NOT_KEPT}
+        checkpoint = {"format": FORMAT, "settings": settings, "source": self.source,
+                      "shape": self.shape, "classes": self.classes, "step": self.done,
+                      "ema": self.average.state_dict()}
         with data.atomic(path) as file:
-            torch.save(checkpoint, file)
+            torch.save(checkpoint if args.slim else {**checkpoint, "training": training}, file)
         self.own_file = os.stat(path).st_mtime_ns
-        if self.args.preview:
+        if args.preview:
             y = torch.arange(16, device=self.device) % len(self.classes)
-            model = lambda x_t, t: self.average(x_t, t, y if self.args.conditional else None)
-            x_0 = self.diffusion.ddim_sample(model, (16, *self.shape), min(20, self.args.timesteps),
+            model = lambda x_t, t: self.average(x_t, t, y if args.conditional else None)
+            x_0 = self.diffusion.ddim_sample(model, (16, *self.shape), min(20, args.timesteps),
                                              generator=torch.Generator().manual_seed(0))
-            data.save_image(self.args.preview, x_0, zoom=2)
+            data.save_image(args.preview, x_0, zoom=2)
 
     def restore(self):
-        """Go on from --out. ValueError if it has other data, or is damaged."""
-        path = self.args.out
-        average, _, checkpoint = load_checkpoint(path, "cpu", self.args.classifier)
-        if checkpoint["source"]["fingerprint"] != self.source["fingerprint"]:
-            raise ValueError(f"{path} was trained on other data, {checkpoint['source']['images']:,} "
-                             "images: name them with --dataset, or begin with its weights, --init")
-        if "training" not in checkpoint:
-            raise ValueError(f"{path} was saved with --slim and cannot be resumed; but see --init")
-        with data.named_errors(f"{path} is damaged"):
+        """Go on from --out."""
+        path, checkpoint = self.args.out, read_checkpoint(self.args.out)
+        with data.named_errors(f"{path} cannot be resumed"):
+            if checkpoint["source"]["fingerprint"] != self.source["fingerprint"]:
+                raise ValueError("it was trained on other data: see --dataset and --init")
+            if "training" not in checkpoint:
+                raise ValueError("it was saved with --slim: see --init")
             training = checkpoint["training"]
-            self.average.load_state_dict(average.state_dict())
+            self.average.load_state_dict(checkpoint["ema"])
             self.network.load_state_dict(training["model"])
             for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
                 optimizer.param_groups[0]["lr"] = self.lr
             self.scaler.load_state_dict(training["scaler"])
             self.importance.losses.copy_(training["importance"])
-        self.done, self.own_file = checkpoint["step"], os.stat(path).st_mtime_ns
-
-
-def classifier_losses(model, diffusion, x_0, y):
-    """-log p(y | x_t) (B,): t uniform on 0..T, and a quarter of all at 0, where --score looks."""
-    t = torch.randint(0, diffusion.timesteps + 1, (len(x_0),), device=x_0.device)
-    t = t * (torch.rand(len(x_0), device=x_0.device) > 0.25)
-    x_t = torch.where((t > 0)[:, None, None, None], diffusion.q_sample(x_0, t.clamp(min=1)), x_0)
-    return F.cross_entropy(model(x_t, t), y, reduction="none")
+            self.done, self.own_file = checkpoint["step"], os.stat(path).st_mtime_ns
 
 
 def random_stream(*numbers):
@@ -451,21 +413,17 @@ def random_stream(*numbers):
 
 def open_log(path, step):
     """A CSV file to append to, without what an interrupted run wrote after `step`."""
-    kept = "step,loss,learning_rate,images_per_second\n"
+    rows = ["step,loss,learning_rate,images_per_second\n"]
     if step > 0 and os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            kept += "".join(line for line in file if line.endswith("\n") and line[0].isdigit()
-                            and int(line.split(",")[0]) <= step)
+            rows += [row for row in file if row[0].isdigit() and int(row.split(",")[0]) <= step]
     with data.atomic(path) as file:
-        file.write(kept.encode())
+        file.write("".join(rows).encode())
     return open(path, "a", encoding="utf-8")
 
 
-# --------------------------------------------------------------------- rate, average, optimiser, t
-
-
 def learning_rate(n, steps, peak, warmup):
-    """The rate of step n = 0, 1, .. (a tensor): up in a straight line, then down to 0 in another."""
+    """The rate of step n = 0, 1, .. (a tensor): up in a straight line, and down to 0 in another."""
     return peak * torch.minimum((n + 1) / (warmup + 1), (steps - n) / max(steps - warmup, 1))
 
 
@@ -479,26 +437,26 @@ def update_ema(average, weights, decay):
 
 def make_optimizers(network, lr, muon):
     """Adam, and if `muon`, Muon for the convolutions between feature maps. lr is a 0-dim tensor."""
-    by_muon = [w for name, w in network.named_parameters() if muon and w.ndim == 4
-               and w.shape[1] > 1 and "conv_in" not in name and "conv_out" not in name]
-    by_adam = [w for w in network.parameters() if all(w is not v for v in by_muon)]
+    by_muon, by_adam = [], []
+    for name, w in network.named_parameters():
+        inner = w.ndim == 4 and w.shape[1] > 1 and "conv_in" not in name and "conv_out" not in name
+        (by_muon if muon and inner else by_adam).append(w)
     # beta_2 = 0.99: Adam's 0.999 would average over most of a run of minutes.
     adam = torch.optim.Adam(by_adam, lr, (0.9, 0.99), fused=True, capturable=lr.is_cuda)
     return [adam, Muon(by_muon, lr)] if by_muon else [adam]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, so that all directions of a weight matrix (C_out, C_in kh kw) learn
-    at one pace (Jordan et al. 2024, kellerjordan.github.io/posts/muon), in steps of Adam's size
-    (Liu et al. 2025, 2502.16982). torch.optim.Muon takes no convolutions.
-    """
+    """Momentum made orthogonal, so that all directions of a matrix (C_out, C_in kh kw) learn at one
+    pace (Jordan et al. 2024, kellerjordan.github.io/posts/muon), in steps of Adam's size (Liu et
+    al. 2025, 2502.16982). torch.optim.Muon takes no convolutions."""
 
     def __init__(self, weights, lr):
         super().__init__(weights, {"lr": lr})
 
     @torch.no_grad()
     def step(self):
-        """One step, unless self.found_inf, on the device, is 1, as with torch's fused optimisers."""
+        """One step, unless self.found_inf, on the device, is 1, as torch's fused optimisers do."""
         lr, skip = self.param_groups[0]["lr"], self.found_inf > 0
         batches = {}                        # on a GPU, weights of one shape are one batch
         for w in self.param_groups[0]["params"]:
@@ -510,16 +468,17 @@ class Muon(torch.optim.Optimizer):
             gradients = [torch.where(skip, m, w.grad) for m, w in zip(momenta, weights)]
             torch._foreach_lerp_(momenta, gradients, 0.05)
             gradients = torch._foreach_lerp(gradients, momenta, 0.95)       # Nesterov's look ahead
-            G = torch.stack([g.flatten(1) for g in gradients])
-            G = orthogonal(G) if G.shape[1] <= G.shape[2] else orthogonal(G.mT).mT
-            size = torch.where(skip, 0, lr) * 0.2 * math.sqrt(max(G.shape[1:]))
-            for w, direction in zip(weights, G):
+            directions = orthogonal(torch.stack([g.flatten(1) for g in gradients]))
+            size = torch.where(skip, 0, lr) * 0.2 * math.sqrt(max(directions.shape[1:]))
+            for w, direction in zip(weights, directions):
                 w.sub_(size * direction.reshape(w.shape))
 
 
 def orthogonal(G):
-    """Nearly the orthogonal matrices nearest to G (B, m, n), m <= n: five steps of a polynomial
-    that pushes singular values towards 1 (0.7 to 1.2 come out; less of those that are tiny)."""
+    """Nearly the orthogonal matrices nearest to G (B, m, n): five steps of a polynomial that pushes
+    singular values towards 1 (0.7 to 1.2 come out; less of those that are tiny)."""
+    if G.shape[1] > G.shape[2]:
+        return orthogonal(G.mT).mT
     G = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):                      # G <- 3.4445 G - 4.7750 A G + 2.0315 A A G
         A = G @ G.mT
@@ -528,10 +487,8 @@ def orthogonal(G):
 
 
 class ImportanceSampler:
-    """Draws t with p_t proportional to sqrt(E[L_t^2]), for a less noisy bound (iDDPM Eq. 18).
-
-    E is over the last `history` losses at t; t is uniform until each has so many, and once in a
-    thousand draws ever after."""
+    """Draws t with p_t proportional to sqrt(E[L_t^2]), for a less noisy bound (iDDPM Eq. 18), once
+    each t has `history` losses for the mean E. Before, and in 1 draw of 1000, p_t is uniform."""
 
     def __init__(self, timesteps, history=10):
         self.losses = torch.full((timesteps, history), -1.0)            # newest first; -1: none yet
@@ -545,18 +502,17 @@ class ImportanceSampler:
         return t + 1, (1 / (len(p) * p[t])).float()
 
     def remember(self, t, loss):
-        """A loss at t, a 0-dim tensor, in place of the oldest one there, if it is finite."""
-        if torch.isfinite(loss):
-            self.losses[t - 1] = torch.cat([loss.clamp(min=0)[None], self.losses[t - 1, :-1]])
-
-
-# ------------------------------------------------------------------------------------- checkpoints
+        """A loss at t, a number, in place of the oldest one there, if it is finite."""
+        if math.isfinite(loss):
+            self.losses[t - 1] = self.losses[t - 1].roll(1)
+            self.losses[t - 1, 0] = max(loss, 0)
 
 
 def read_checkpoint(path):
     """A checkpoint's dict. Nothing in the file is run. ValueError says what is wrong with it."""
     if not os.path.isfile(path):
-        raise ValueError(f"there is no {path}: make it with python train.py, or name another one")
+        raise ValueError(f"there is no {path}: train one with python train.py, or use "
+                         "--checkpoint assets/fashion-mnist.pt")
     with data.named_errors(f"{path} is no checkpoint of train.py, or damaged"):
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
@@ -568,27 +524,19 @@ def read_checkpoint(path):
 
 
 def load_checkpoint(path, device, classifier=False):
-    """A checkpoint of train.py -> (model with EMA weights, diffusion, the checkpoint's dict).
-
-    The model is a UNet (x, t, y), or if asked for a classifier (x, t), in eval mode on `device`.
-    """
+    """A checkpoint of train.py -> (model with EMA weights, diffusion, the checkpoint's dict). The
+    model is a UNet (x, t, y), or if asked for a classifier (x, t), in eval mode on `device`."""
     checkpoint = read_checkpoint(path)
     with data.named_errors(f"{path} is no checkpoint of train.py, or damaged"):
-        args, (C, H, W) = argparse.Namespace(**checkpoint["settings"]), checkpoint["shape"]
-        if C not in (1, 3) or not 0 < min(H, W) <= max(H, W) <= data.LARGEST_SIDE:
-            raise ValueError("its shape is not that of images")
+        args = argparse.Namespace(**checkpoint["settings"])
         with torch.device("meta"):          # takes no memory, whatever the settings ask for
-            network = make_network(args, (C, H, W), checkpoint["classes"])
-        if sum(w.nbytes for w in network.parameters()) > os.path.getsize(path):
-            raise ValueError("its weights are larger than itself")
-        network = network.to_empty(device="cpu")
-        network.load_state_dict(checkpoint["ema"])
+            network = make_network(args, checkpoint["shape"], checkpoint["classes"])
+        network.load_state_dict(checkpoint["ema"], assign=True)
         if not all(torch.isfinite(w).all() for w in network.parameters()):
             raise ValueError("it has weights that are not finite")
         diffusion = make_diffusion(args)
     if args.classifier != classifier:
-        kind = "a classifier, and no ddpm" if args.classifier else "a ddpm, and no classifier"
-        raise ValueError(f"{path} holds {kind}: see train.py --classifier")
+        raise ValueError(f"{path} is {'a' if args.classifier else 'no'} classifier")
     return to_device(network, device).eval(), diffusion.to(device), checkpoint
 
 
@@ -611,9 +559,6 @@ def make_network(args, shape, classes):
     return unet.NoisyClassifier(network, len(classes)) if args.classifier else network
 
 
-# ---------------------------------------------------------------------------------------- machines
-
-
 def to_device(network, device):
     """The network there, its convolutions laid out as a GPU computes them."""
     gpu = torch.device(device).type == "cuda"
@@ -622,8 +567,8 @@ def to_device(network, device):
 
 def ranks():
     """This process's number, how many there are, its number on this machine (from torchrun)."""
-    return tuple(int(os.environ.get(*each)) for each in
-                 (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    get = os.environ.get
+    return int(get("RANK", 0)), int(get("WORLD_SIZE", 1)), int(get("LOCAL_RANK", 0))
 
 
 def pick_device(name):
@@ -631,18 +576,17 @@ def pick_device(name):
     _, world, local = ranks()
     mps = torch.backends.mps.is_available() and world == 1
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
+    with data.named_errors(f"--device {name}"):
         device = torch.device(name)
         if world > 1 and (device.index is not None or device.type == "mps"):
             raise ValueError("torchrun's processes take a GPU each (cuda) or share the CPU")
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local)
+        torch.zeros(1, device=device).item()
         if device.type == "cuda":
-            device = torch.device("cuda", local if device.index is None else device.index)
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")      # TF32, as convolutions have it anyway
-        torch.zeros(1, device=device).item()
         return device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0][:200]}") from None
 
 
 def pick_dtype(precision, device):
@@ -656,39 +600,33 @@ def pick_dtype(precision, device):
 
 
 def faster_threads(work):
-    """One thread or all, whichever does work() sooner: on a busy machine, threads that wait for
-    each other are slower than one."""
-    seconds = {}
-    for threads in {torch.get_num_threads(), 1}:
+    """One thread or all, whichever does work() sooner: on a busy machine, often one."""
+    def seconds(threads):
         torch.set_num_threads(threads)
         work()
-        began = time.perf_counter()
-        for _ in range(4):
-            work()
-        seconds[threads] = time.perf_counter() - began
-    return min(seconds, key=seconds.get)
+        return timeit.timeit(work, number=4)
+
+    return min({torch.get_num_threads(), 1}, key=seconds)
 
 
 def run_script(main):
     """Run a script's main. What is wrong with a file, flag or machine is one line, no traceback."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     warnings.filterwarnings("ignore", "Grad strides do not match")          # of 1 x 1 convolutions
-    # malloc gives freed memory back to Linux, and waits to get it again in the next step. Once a
-    # block of almost 32 MiB was freed it keeps more: a step takes a tenth less time.
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
-    name = os.path.basename(sys.argv[0])
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)   # having freed that, malloc keeps more: faster
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{name}: {error}")
-    except (RuntimeError, MemoryError) as error:
-        if type(error).__module__.startswith("torch._"):
-            sys.exit(f"{name}: --compile does not work here: {str(error).splitlines()[0]}")
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate" in str(error):
-            sys.exit(f"{name}: out of memory. Try a smaller --batch-size, or a smaller network")
-        raise
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        reason = str(error)
+        if isinstance(error, MemoryError) or "allocate" in reason:
+            reason = "out of memory. Try a smaller --batch-size, or a smaller network"
+        elif type(error).__module__.startswith("torch._"):
+            reason = f"--compile does not work here: {reason.splitlines()[0]}"
+        elif isinstance(error, RuntimeError):
+            raise
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {reason}")
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
