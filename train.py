@@ -457,28 +457,33 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """One step, unless self.found_inf, on the device, is 1, as torch's fused optimisers do."""
-        lr, skip = self.param_groups[0]["lr"], self.found_inf > 0
-        batches = {}                        # on a GPU, weights of one shape are one batch
-        for w in self.param_groups[0]["params"]:
-            batches.setdefault(w.flatten(1).shape if w.is_cuda else w, []).append(w)
+        weights, lr = self.param_groups[0]["params"], self.param_groups[0]["lr"]
+        skip = self.found_inf > 0
+        for w in weights:
             if not self.state[w]:
                 self.state[w]["momentum"] = torch.zeros_like(w)
-        for weights in batches.values():
-            momenta = [self.state[w]["momentum"] for w in weights]
-            gradients = [torch.where(skip, m, w.grad) for m, w in zip(momenta, weights)]
+        # On a GPU all matrices are one batch, filled up with zeros, which stay zeros: few kernels.
+        for batch in [weights] if lr.is_cuda else [[w] for w in weights]:
+            momenta = [self.state[w]["momentum"] for w in batch]
+            gradients = [torch.where(skip, m, w.grad) for m, w in zip(momenta, batch)]
             torch._foreach_lerp_(momenta, gradients, 0.05)
             gradients = torch._foreach_lerp(gradients, momenta, 0.95)       # Nesterov's look ahead
-            directions = orthogonal(torch.stack([g.flatten(1) for g in gradients]))
-            size = torch.where(skip, 0, lr) * 0.2 * math.sqrt(max(directions.shape[1:]))
-            for w, direction in zip(weights, directions):
+            matrices = [g.flatten(1) for g in gradients]
+            matrices = [G.T if len(G) > G.shape[1] else G for G in matrices]
+            m, n = (max(G.shape[k] for G in matrices) for k in (0, 1))
+            padded = torch.zeros(len(batch), m, n, device=lr.device)
+            for P, G in zip(padded, matrices):
+                P[:len(G), :G.shape[1]] = G
+            for w, P, G in zip(batch, orthogonal(padded), matrices):
+                direction = P[:len(G), :G.shape[1]]
+                direction = direction.T if len(w) > w[0].numel() else direction
+                size = torch.where(skip, 0, lr) * 0.2 * math.sqrt(G.shape[1])
                 w.sub_(size * direction.reshape(w.shape))
 
 
 def orthogonal(G):
-    """Nearly the orthogonal matrices nearest to G (B, m, n): five steps of a polynomial that pushes
-    singular values towards 1 (0.7 to 1.2 come out; less of those that are tiny)."""
-    if G.shape[1] > G.shape[2]:
-        return orthogonal(G.mT).mT
+    """Nearly the orthogonal matrices nearest to G (B, m, n), m <= n: five steps of a polynomial
+    that pushes singular values towards 1 (0.7 to 1.2 come out; less of those that are tiny)."""
     G = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):                      # G <- 3.4445 G - 4.7750 A G + 2.0315 A A G
         A = G @ G.mT
