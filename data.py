@@ -65,7 +65,7 @@ DATASETS = {
         ("https://www.cs.toronto.edu/~kriz/",),
         dict.fromkeys(("train", "test"),
                       (("cifar-10-binary.tar", "c32a1d4ab5d03f1284b67883e8d87530"),)),
-        flip=True),
+        hint="It must be the binary version, as .tar.gz", flip=True),
 }
 EXCERPT = Path(__file__).parent / "assets"  # a tenth of Fashion-MNIST (MIT licence, Zalando SE)
 TIMEOUT = 5             # seconds that a server may be silent
@@ -92,7 +92,7 @@ def load_with_classes(name, split="train", root="data", only=None):
             images, labels = find_file(
                 name, *files[0], root, lambda path, md5: read_cifar10(path, split, md5))
         else:
-            images, labels = (find_file(name, *file, root, read_idx) for file in files)
+            images, labels = find_idx(name, files, root)
     else:
         images, labels, known = load_file(Path(name).expanduser(), split)
         classes = tuple(map(str, known))
@@ -253,14 +253,21 @@ def find_file(name, filename, checksum, root, read):
         except (OSError, ValueError) as error:
             progress(f"not used: {error}", final=True)
             _unreachable.add(place)
-    advice = f"Put its .gz into {folders[0]}, or name its folder with --data-dir. {dataset.hint}"
-    excerpt = EXCERPT / f"{filename}.gz"
-    if name == "fashion-mnist" and excerpt.is_file():
-        if "images" in filename:
-            progress(f"using the tenth of Fashion-MNIST in assets/. For all of it: {advice}", True)
-        return read(excerpt)
     tried = ", ".join(map(str, (*folders, *dataset.mirrors)))
-    raise ValueError(f"no good {filename} in {tried}. {advice}")
+    raise ValueError(f"no good {filename} in {tried}. Put its .gz into {folders[0]}, or name its "
+                     f"folder with --data-dir. {dataset.hint}")
+
+
+def find_idx(name, files, root):
+    """Arrays of IDX files; of Fashion-MNIST, if they are nowhere, the tenth in assets/."""
+    try:
+        return [find_file(name, *file, root, read_idx) for file in files]
+    except ValueError as error:
+        if name != "fashion-mnist" or not (EXCERPT / f"{files[0][0]}.gz").is_file():
+            raise
+        progress("using the tenth of Fashion-MNIST in assets/, with which samples are worse (see "
+                 f"README.md): {error}", final=True)
+        return [read_idx(EXCERPT / f"{filename}.gz") for filename, _ in files]
 
 
 def fetch(url, path, read, limit=2**28):
@@ -272,7 +279,7 @@ def fetch(url, path, read, limit=2**28):
                 content += piece
                 progress(f"{url} to {path}: {len(content) / 1e6:.1f} MB")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path, part=f".{os.getpid()}.part") as file:
+        with atomic(path) as file:
             file.write(content)
             file.flush()
             return read(file.name)
@@ -291,13 +298,13 @@ def progress(text, final=False):
         print(text, end="\r" if terminal and not final else "\n", flush=True)
 
 
-progress.last = 0.0
+progress.last = 0.0  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def atomic(path, part=".part"):
+def atomic(path):
     """A file to write to. It gets its name when all is written; an older one has it until then."""
-    target = os.path.realpath(path)  # a link stays a link
+    target, part = os.path.realpath(path), f".{os.getpid()}.part"       # a link stays a link
     try:
         with open(target + part, "wb") as file:
             yield file

@@ -8,7 +8,7 @@ later papers added follows, under their names. "Eq. 4" is the paper's.
     model  a callable (x_t, t) -> output, with t (B,) int64; labels are bound beforehand
 
 Tables have T+1 entries. Entry 0 is clean data (beta_0 = 0, alpha_bar_0 = 1), so alpha_bar_{t-1}
-needs no special case. They are made in float64: 1 - 0.9999 taken in float32 is off by 1.7e-4.
+needs no special case. They are made in float64: in float32, 1 - 0.9999 errs by 1.7e-4 of itself.
 """
 import copy
 import itertools
@@ -64,7 +64,7 @@ def standard_normal(shape, device, generator=None):
 class GaussianDiffusion(nn.Module):
     """The forward process q, the reverse process p_theta, Algorithm 1 and Algorithm 2.
 
-    betas       beta_1 .. beta_T, each strictly between 0 and 1
+    betas       beta_1 .. beta_T, each above 1e-12 and below 1
     prediction  what the model's output is: "eps" (the paper), "x0", the "mean" of
                 q(x_{t-1} | x_t, x_0), or "v" (Salimans & Ho 2022, 2202.00512)
     variance    sigma_t^2: "beta" or "posterior" (Section 3.2); or learned, from as many output
@@ -154,15 +154,15 @@ class GaussianDiffusion(nn.Module):
         eps = torch.randn_like(x_0) if noise is None else noise     # 4: eps ~ N(0, I)
         x_t = self.q_sample(x_0, t, eps)
         output = model(x_t, t)
+        if self.loss != "mse":
+            return self.other_losses(output, x_0, x_t, t, eps)
         eps_theta, _ = self.split(output, x_t)
         squares = (self.target(x_0, x_t, t, eps) - eps_theta) ** 2  # 5: || eps - eps_theta ||^2
-        if self.loss == "mse":
-            return squares.flatten(1).mean(1)  # L_simple, Eq. 14
-        return self.other_losses(output, x_0, x_t, t, eps)
+        return squares.flatten(1).mean(1)  # L_simple, Eq. 14
 
     def target(self, x_0, x_t, t, eps):
-        """What the model should say: eps, or what `prediction` names. Given x_t, each tells all
-        others; but the loss weights the times differently (Table 2 tries "mean")."""
+        """What the model should say: eps, or what `prediction` names. With x_t, each gives the
+        others; their losses differ in the weight of each t (Table 2 tries "mean")."""
         if self.prediction == "eps":
             return eps
         if self.prediction == "x0":
@@ -186,7 +186,8 @@ class GaussianDiffusion(nn.Module):
         """The noise and the image in x_t, by the model's output -> (eps, x_0).
 
         clip=True holds x_0 in [-1, 1], where images are. Algorithm 2 does not, but Ho's code does,
-        and samples get better: Eq. 15 multiplies errors by noise / signal, 157 at the paper's T.
+        and samples get better: Eq. 15 multiplies an error of eps_theta by the ratio of noise to
+        signal, 157 at the paper's T.
         """
         prediction, _ = self.split(output, x_t)
         signal = at(self.alpha_bar, t, x_t).sqrt()
@@ -206,7 +207,7 @@ class GaussianDiffusion(nn.Module):
         """p_theta(x_{t-1} | x_t), by the model's output -> (mean, variance, predicted x_0).
 
         The mean is Eq. 11, (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_t), as
-        Eq. 7 at the x_0 of Eq. 15: equal, but x_0 can be clipped, and a tiny alpha_t does no harm.
+        Eq. 7 at the x_0 of Eq. 15: equal (Eqs. 9, 10 say why), but here x_0 can be clipped.
         """
         _, x_0 = self.predict(output, x_t, t, clip)  # Eq. 15
         mean, _ = self.q_posterior(x_0, x_t, t)  # Eq. 7, hence Eq. 11
@@ -233,14 +234,14 @@ class GaussianDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample_steps(self, model, shape, x_T=None, clip=True, generator=None):
-        """`sample` step by step: yields (t, x_t, the x_0 predicted on the way), t = T-1, .., 0."""
+        """`sample` step by step, Eq. 1: yields (t, x_t, predicted x_0) for t = T-1, .., 0."""
         device = self.beta.device
         x_t = standard_normal(shape, device, generator) if x_T is None else x_T  # 1: x_T ~ N(0, I)
         for t in range(self.timesteps, 0, -1):                                   # 2: for t = T .. 1
             z = standard_normal(shape, device, generator) if t > 1 else 0        # 3: z ~ N(0, I)
             output = model(x_t, torch.full((len(x_t),), t, device=device))
             mean, variance, x_0 = self.p_mean_variance(output, x_t, t, clip)     #    Eq. 11
-            x_t = mean + variance.sqrt() * z                                     # 4: x_{t-1}
+            x_t = mean + variance.sqrt() * z                                     # 4: now x_{t-1}
             yield t - 1, x_t, x_0                                                # 5: end for
 
     # ---------------- Section 3: the bound
@@ -296,7 +297,7 @@ class GaussianDiffusion(nn.Module):
 
     def interpolate(self, model, x_0, x_0_prime, weights, t, clip=True, generator=None):
         """Figure 8: images x_0, x_0' (C, H, W), mixed at time t -> (len(weights), C, H, W). The
-        weights are the paper's lambda, and share every draw of noise."""
+        weights are the paper's lambda; all get the same noise."""
         def shared_noise(shape):
             return standard_normal((1, *shape[1:]), x_0.device, generator).expand(shape)
 
@@ -305,7 +306,7 @@ class GaussianDiffusion(nn.Module):
         weights = torch.as_tensor(weights).to(x_0).view(-1, 1, 1, 1)
         mixed = (1 - weights) * x_t + weights * x_t_prime
         chain = copy.copy(self)
-        chain.timesteps = t  # Algorithm 2 from t down
+        chain.timesteps = t  # Algorithm 2 from t down, with the same tables
         return chain.sample(model, mixed.shape, mixed, clip, generator=shared_noise)
 
     # ---------------- DDIM (Song, Meng, Ermon 2020, 2010.02502)

@@ -71,6 +71,8 @@ def parse_args(argv=None):
     file("--interpolate", "two test images mixed at x_T, T/4, T/2, 3T/4 (Figure 8)")
     args = parser.parse_args(argv)
     misplaced = args.eta is not None and args.sampler != "ddim"
+    if args.exact and not args.evaluate:
+        raise ValueError("--exact belongs to --evaluate")
     if min(args.seed, args.gap) < 0 or (args.eta or 0) > 1 or misplaced:
         raise ValueError("--seed and --gap are at least 0; --eta is 0..1, for --sampler ddim")
     args.samples = not (args.evaluate or args.forward or args.reconstruct or args.interpolate)
@@ -115,7 +117,7 @@ def draw(args, network, classifier, diffusion, shape, labels, device):
 
 def chain(args, diffusion, model, x_T, noise):
     """Yields (t, x_t, predicted x_0) from x_T down to x_0."""
-    yield args.steps, x_T, torch.zeros_like(x_T)
+    yield "T", x_T, torch.zeros_like(x_T)
     shape, clip = x_T.shape, args.clip
     if args.sampler == "ddim":
         yield from diffusion.ddim_steps(model, shape, args.steps, args.eta or 0, x_T, clip, noise)
@@ -250,6 +252,8 @@ def other_pictures(args, network, diffusion, checkpoint, device):
         print(f"root mean square error of {steps} steps: {error:.2f} of 255")
         save_columns(args, args.reconstruct, [x_0, x_T, again])
     if args.interpolate:
+        if network.num_classes and checkpoint["settings"]["label_dropout"] == 0:
+            raise ValueError("--interpolate has no labels, and this network knows no other images")
         weights = torch.linspace(0, 1, 9)
         x_T = slerp(*diffusion.ddim_invert(network, ends, steps), weights)
         rows = [diffusion.ddim_sample(network, x_T.shape, steps, 0, x_T, args.clip)]

@@ -30,7 +30,7 @@ import unet
 
 FORMAT = "ddpm checkpoint 4"
 NOT_KEPT = {"data_dir", "out", "save_every", "slim", "resume", "init", "log", "preview", "device",
-            "compile"}                  # flags that are no settings of a checkpoint
+            "compile"}                  # flags that a checkpoint does not store
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     flag("--dataset", "fashion-mnist", "mnist, cifar10, a FILE.npy or an IDX file")
     flag("--data-dir", "data", "where data are looked for, or downloaded to")
     flag("--only", None, "train on one class, by name or index")
-    flag("--flip", None, "mirror half of the images (paper, default: of cifar10)", action=either)
+    flag("--flip", None, "mirror half of the images (default: cifar10 only)", action=either)
     flag = parser.section("diffusion")
     flag("--timesteps", 1000, "T (paper: 1000)")
     flag("--schedule", None, "paper: linear (default: cosine)", choices=("cosine", "linear"))
@@ -133,7 +133,7 @@ def parse_args(argv=None):
     unset = argparse.Namespace(**dict.fromkeys(defaults))       # tells what is given from the rest
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
     out = given.get("out") or ("classifier.pt" if "classifier" in given else "ddpm.pt")
-    old = read_checkpoint(out)["settings"] if "resume" in given else {}
+    old = read_checkpoint(out)[2]["settings"] if "resume" in given else {}
     for k in given.keys() & old.keys() - {"dataset", "steps", "threads"}:
         if given[k] != old[k]:
             raise ValueError(f"--resume keeps {k}, which was {old[k]} and is {given[k]} "
@@ -154,8 +154,8 @@ def parse_args(argv=None):
     for wrong, message in (
             (max(args.dropout, args.ema, args.label_dropout) >= 1,
              "--dropout, --ema and --label-dropout must be below 1"),
-            (args.lr == 0 or min(args.warmup, args.seed) < 0,
-             "--lr must be above 0, --warmup and --seed at least 0"),
+            (args.lr == 0 or not 0 <= args.warmup <= 10**9 or not 0 <= args.seed < 2**63,
+             "--lr must be above 0, --warmup and --seed at least 0, and not so large"),
             (has_beta and not linear, "--beta-start and --beta-end belong to --schedule linear"),
             (learned and args.loss not in ("vlb", "hybrid"),
              f"--loss {args.loss} does not train --variance {args.variance}: use hybrid"),
@@ -164,6 +164,7 @@ def parse_args(argv=None):
             (args.classifier and args.preview, "--preview is of samples: a classifier has none")):
         if wrong:
             raise ValueError(message)
+    data.check_suffix(args.preview or "none.png", (".png", ".ppm", ".pgm"))
     make_diffusion(args)                                    # refuses what cannot be
     return args
 
@@ -181,7 +182,7 @@ def train(args):
             signal.signal(number, remember)
     if run.done >= args.steps:
         return run.say(f"{args.out} has all its {run.done} steps. To go on: --steps N", True)
-    while run.done < args.steps and stop == 0:              # 1: repeat
+    while run.done < args.steps and stop == 0:              # 1, 6: repeat until
         run.step()                                          # 2-5
         run.report()
         stop += len(signals)
@@ -189,7 +190,7 @@ def train(args):
             dist.all_reduce(stop)                           # all stop together
         if run.done % args.save_every == 0:
             run.save()
-    run.save()                                              # 6: until converged
+    run.save()
     if run.done < args.steps:
         saved = f"saved in {args.out}. To go on: --resume" if run.own_file else "nothing to save"
         run.say(f"stopped at step {run.done}, {saved}", True)
@@ -201,7 +202,9 @@ def train(args):
 class Run:
     """A training in progress. Random numbers come from (seed, step, part of the batch) alone: so a
     resumed run does what it would have done, and N processes what --accumulate N does in one. A
-    step looks at no number on the device, so that a GPU never waits for Python."""
+    step looks at no number on the device (but for the bound), so that a GPU never waits.
+
+    The maths: step, add_gradient, batch, losses, descend. The rest keeps the books."""
 
     def __init__(self, args):
         self.args, self.device, (self.rank, self.world, _) = args, pick_device(args.device), ranks()
@@ -229,7 +232,7 @@ class Run:
         self.network = to_device(make_network(args, self.shape, self.classes), device)
         if args.init:
             with data.named_errors(f"--init {args.init} does not fit"):
-                self.network.load_state_dict(read_checkpoint(args.init)["ema"])
+                self.network.load_state_dict(read_checkpoint(args.init)[2]["ema"])
         self.average = copy.deepcopy(self.network).eval()
         self.weights, self.averages = (list(n.parameters()) for n in (self.network, self.average))
         self.lr = torch.tensor(args.lr, device=device)
@@ -316,7 +319,7 @@ class Run:
             return losses * weights.to(device)
 
     def descend(self):
-        """A step along the gradient, its norm at most 1, and into the averaged weights. Where it is
+        """A step along the gradient, its norm at most 1, and into the averaged weights. If it is
         not finite, the optimisers leave the weights as they are."""
         args, n = self.args, self.n
         self.lr.copy_(learning_rate(n, args.steps, args.lr, args.warmup))
@@ -389,7 +392,7 @@ class Run:
 
     def restore(self):
         """Go on from --out."""
-        path, checkpoint = self.args.out, read_checkpoint(self.args.out)
+        path, (_, _, checkpoint) = self.args.out, read_checkpoint(self.args.out)
         with data.named_errors(f"{path} cannot be resumed"):
             if checkpoint["source"]["fingerprint"] != self.source["fingerprint"]:
                 raise ValueError("it was trained on other data: see --dataset and --init")
@@ -417,6 +420,8 @@ def open_log(path, step):
     if step > 0 and os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             rows += [row for row in file if row[0].isdigit() and int(row.split(",")[0]) <= step]
+    elif os.path.exists(path):
+        data.keep_older(path)
     with data.atomic(path) as file:
         file.write("".join(rows).encode())
     return open(path, "a", encoding="utf-8")
@@ -483,7 +488,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(G):
     """Nearly the orthogonal matrices nearest to G (B, m, n), m <= n: five steps of a polynomial
-    that pushes singular values towards 1 (0.7 to 1.2 come out; less of those that are tiny)."""
+    that pushes singular values towards 1 (0.7 to 1.2 come out, less if they are tiny)."""
     G = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):                      # G <- 3.4445 G - 4.7750 A G + 2.0315 A A G
         A = G @ G.mT
@@ -514,7 +519,8 @@ class ImportanceSampler:
 
 
 def read_checkpoint(path):
-    """A checkpoint's dict. Nothing in the file is run. ValueError says what is wrong with it."""
+    """A checkpoint -> (network with averaged weights, diffusion, the file's dict), on the CPU.
+    Nothing in the file is run, and nothing larger than it is allocated."""
     if not os.path.isfile(path):
         raise ValueError(f"there is no {path}: train one with python train.py, or use "
                          "--checkpoint assets/fashion-mnist.pt")
@@ -525,23 +531,24 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"this train.py reads {FORMAT!r} only")
-        return checkpoint
+        args, (C, H, W) = argparse.Namespace(**checkpoint["settings"]), checkpoint["shape"]
+        if C not in (1, 3) or not 0 < min(H, W) or checkpoint["source"]["images"] < 1:
+            raise ValueError("it is not about images")
+        with torch.device("meta"):          # takes no memory, whatever the settings ask for
+            network = make_network(args, (C, H, W), checkpoint["classes"])
+        network.load_state_dict(dict(checkpoint["ema"]), assign=True)     # dict: a copy
+        if not all(torch.isfinite(w).all() for w in network.parameters()):
+            raise ValueError("it has weights that are not finite")
+        return network, make_diffusion(args), checkpoint
 
 
 def load_checkpoint(path, device, classifier=False):
     """A checkpoint of train.py -> (model with EMA weights, diffusion, the checkpoint's dict). The
     model is a UNet (x, t, y), or if asked for a classifier (x, t), in eval mode on `device`."""
-    checkpoint = read_checkpoint(path)
-    with data.named_errors(f"{path} is no checkpoint of train.py, or damaged"):
-        args = argparse.Namespace(**checkpoint["settings"])
-        with torch.device("meta"):          # takes no memory, whatever the settings ask for
-            network = make_network(args, checkpoint["shape"], checkpoint["classes"])
-        network.load_state_dict(checkpoint["ema"], assign=True)
-        if not all(torch.isfinite(w).all() for w in network.parameters()):
-            raise ValueError("it has weights that are not finite")
-        diffusion = make_diffusion(args)
-    if args.classifier != classifier:
-        raise ValueError(f"{path} is {'a' if args.classifier else 'no'} classifier")
+    network, diffusion, checkpoint = read_checkpoint(path)
+    if checkpoint["settings"]["classifier"] != classifier:
+        kinds = ("a model that draws, and no classifier", "a classifier, which draws nothing")
+        raise ValueError(f"{path} is {kinds[not classifier]}: see train.py --classifier")
     return to_device(network, device).eval(), diffusion.to(device), checkpoint
 
 
@@ -618,7 +625,7 @@ def run_script(main):
     """Run a script's main. What is wrong with a file, flag or machine is one line, no traceback."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     warnings.filterwarnings("ignore", "Grad strides do not match")          # of 1 x 1 convolutions
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)   # having freed that, malloc keeps more: faster
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)   # freed, it makes glibc reuse memory: faster
     try:
         main()
     except KeyboardInterrupt:

@@ -3,7 +3,8 @@
     UNet(in_channels=3, image_size=32, patch=1, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
          attention=(16,), dropout=0.1)
 
-is the paper's CIFAR-10 network, with its 35,746,307 parameters. UNet() is for minutes on a CPU:
+has the layout and the 35,746,307 parameters of the paper's CIFAR-10 network. UNet() is for
+minutes on a CPU:
 smaller, with a patch of 2. A patch above 1 changes this:
 
 * Pixels are gathered patch x patch into channels, and spread again at the end: maps of full size
