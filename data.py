@@ -116,8 +116,8 @@ def load_with_classes(name, split="train", root="data", only=None):
 def load_file(path, split):
     """Arrays from one's own file: images, labels, and the values that labels can have."""
     if not companions(path) or not path.is_file():
-        raise ValueError(f"there is no data set {path}: use {', '.join(DATASETS)}, a FILE.npy or "
-                         'an IDX file (see "Your own pictures" in README.md)')
+        raise ValueError(f"there is no data set {path}: give --dataset {', '.join(DATASETS)}, a "
+                         'FILE.npy or an IDX file (see "Your own pictures" in README.md)')
     read = read_npy if path.suffix.lower() == ".npy" else read_idx
     labels, test, test_labels = companions(path)
     has_labels = labels.is_file() and labels != path
@@ -151,7 +151,10 @@ def as_images(array, where):
     shape, ndim = array.shape, array.ndim
     first, last = (ndim == 4 and shape[axis] in (1, 3) for axis in (1, 3))
     if array.dtype != np.uint8:
-        instead = "(255 * x).round().astype(np.uint8) if in 0..1, or (x // 257).astype(np.uint8)"
+        whole = array.dtype.kind in "iub"
+        instead = ("x.astype(np.uint8)" if whole and array[:1000].max() < 256 else
+                   "(255.0 * x / x.max()).astype(np.uint8)" if whole else
+                   "(255 * x).round().astype(np.uint8) of x in 0..1")
     elif ndim == 2:
         instead = "x.reshape(-1, H, W)"
     elif ndim == 3 and (shape[0] == 3 or shape[2] <= 4):
@@ -169,11 +172,13 @@ def as_images(array, where):
 
 
 def find_label(text, classes):
-    """The index of a class, from its name in any case or its index."""
-    names = [*map(str.lower, classes), *map(str, range(len(classes)))]
-    if text.lower() not in names:
-        raise ValueError(f"no label {text!r}: use an index or one of {', '.join(classes[:99])}")
-    return names.index(text.lower()) % len(classes)
+    """The index of a class, from its name, its index if names are not numbers, or any case."""
+    indices = map(str, () if any(map(str.isdecimal, classes)) else range(len(classes)))
+    names = [*classes, *indices, *map(str.lower, classes)]
+    wanted = text if text in names else text.lower()
+    if wanted not in names:
+        raise ValueError(f"no label {text!r}: use one of {', '.join(classes[:99])}")
+    return names.index(wanted) % len(classes)
 
 
 def fingerprint(images, labels):
@@ -234,7 +239,7 @@ def read_npy(path):
     """An .npy array, mapped, so that a header cannot ask for more than there is."""
     with named_errors(path), open(path, "rb") as file:
         if b"'|O'" in file.read(128):
-            raise ValueError("holds objects: are they images of different sizes?")
+            raise ValueError("holds objects: images of different sizes, or text that is no str?")
         return np.asarray(np.lib.format.open_memmap(path, mode="c"))
 
 
@@ -265,8 +270,8 @@ def find_idx(name, files, root):
     except ValueError as error:
         if name != "fashion-mnist" or not (EXCERPT / f"{files[0][0]}.gz").is_file():
             raise
-        progress("using the tenth of Fashion-MNIST in assets/, with which samples are worse (see "
-                 f"README.md): {error}", final=True)
+        progress("using the tenth of Fashion-MNIST in assets/, enough for a training of minutes "
+                 f"(README.md says more): {error}", final=True)
         return [read_idx(EXCERPT / f"{filename}.gz") for filename, _ in files]
 
 

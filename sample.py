@@ -26,7 +26,8 @@ BLOCK = 64                  # images that share a stream of random numbers
 
 def parse_args(argv=None):
     """The settings, checked."""
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                          allow_abbrev=False)
     count = {"type": train.whole}
 
     def file(name, help, default=None, **options):
@@ -73,7 +74,7 @@ def parse_args(argv=None):
     misplaced = args.eta is not None and args.sampler != "ddim"
     if args.exact and not args.evaluate:
         raise ValueError("--exact belongs to --evaluate")
-    if min(args.seed, args.gap) < 0 or (args.eta or 0) > 1 or misplaced:
+    if not 0 <= args.seed < 2**63 or args.gap < 0 or (args.eta or 0) > 1 or misplaced:
         raise ValueError("--seed and --gap are at least 0; --eta is 0..1, for --sampler ddim")
     args.samples = not (args.evaluate or args.forward or args.reconstruct or args.interpolate)
     for k in ("label", "guidance", "classifier", "out", "trajectory", "movie", "score", "nearest"):
@@ -413,7 +414,8 @@ def main(argv=None):
         dist.init_process_group("gloo")
     if args.compile:
         network.compile()
-    dtype = train.pick_dtype(args.precision, device)
+    settings = argparse.Namespace(**checkpoint["settings"])
+    dtype = train.pick_dtype(args.precision, device, settings, shape)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), torch.no_grad():
         if device.type == "cpu" and world == 1:
             x, t = torch.zeros(min(args.n, BLOCK), *shape), torch.ones(min(args.n, BLOCK)).long()

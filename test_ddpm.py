@@ -749,7 +749,7 @@ def decode_png(path):
         at += 12 + size
     header, animation = dict(chunks)[b"IHDR"], dict(chunks).get(b"acTL", struct.pack(">II", 1, 0))
     assert chunks[0][0] == b"IHDR" and chunks[-1] == (b"IEND", b"") and header[10:] == bytes(3)
-    W, H, channels = *struct.unpack(">II", header[:8]), {b"\x08\0": 1, b"\x08\x02": 3}[header[8:10]]
+    (W, H), channels = struct.unpack(">II", header[:8]), {b"\x08\0": 1, b"\x08\x02": 3}[header[8:10]]
     bodies = [body if kind == b"IDAT" else body[4:] for kind, body in chunks if kind in (b"IDAT", b"fdAT")]
     numbers = [int.from_bytes(body[:4], "big") for kind, body in chunks if kind in (b"fcTL", b"fdAT")]
     assert numbers == list(range(len(numbers))) and animation == struct.pack(">II", len(bodies), 0)
@@ -1550,7 +1550,7 @@ class WhatMustBeRefused(Commands):
                 with self.subTest(command):
                     self.refused(script, said, *flags, *command.split())
         with mock.patch.dict(os.environ, {"WORLD_SIZE": "2"}):                  # all processes on one GPU
-            self.refused(train, "--device cuda:1: torchrun", *self.new, "--device", "cuda:1")
+            self.refused(train, "--device cuda:1 .*torchrun", *self.new, "--device", "cuda:1")
         self.assertEqual([*self.folder.glob("*.p*")], [self.folder / "good.pt"])
 
     def test_outputs_over_inputs_or_each_other_are_refused_before_anything_is_written(self):

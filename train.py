@@ -11,6 +11,7 @@ import copy
 import datetime
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -77,7 +78,8 @@ def numbers(text):
 
 def parse_args(argv=None):
     """The settings, checked; with --resume, those of the checkpoint unless they are given."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
     choices, either = ddpm.CHOICES, argparse.BooleanOptionalAction
     flag = parser.section("data")
     flag("--dataset", "fashion-mnist", "mnist, cifar10, a FILE.npy or an IDX file")
@@ -140,6 +142,8 @@ def parse_args(argv=None):
                              "now. To begin anew with the weights of a checkpoint: --init")
     args = argparse.Namespace(**{**defaults, **old, **given, "out": out})
 
+    if args.dataset not in data.DATASETS:
+        args.dataset = os.path.abspath(args.dataset)
     T, learned = args.timesteps, args.variance.startswith("learned")
     has_beta = (args.beta_start, args.beta_end) != (None, None)
     linear = args.schedule == "linear" or (args.schedule is None and has_beta)
@@ -161,6 +165,7 @@ def parse_args(argv=None):
              f"--loss {args.loss} does not train --variance {args.variance}: use hybrid"),
             (bool(args.only) + args.conditional + args.classifier > 1,
              "--only, --conditional and --classifier exclude each other"),
+            (args.resume and args.init, "--resume goes on as it is, --init begins anew"),
             (args.classifier and args.preview, "--preview is of samples: a classifier has none")):
         if wrong:
             raise ValueError(message)
@@ -196,7 +201,8 @@ def train(args):
         run.say(f"stopped at step {run.done}, {saved}", True)
         sys.exit(128 + signals[0] if signals else 1)
     flag = "--score" if args.classifier else "--checkpoint"
-    run.say(f"averaged weights are in {args.out}. Next: python sample.py {flag} {args.out}", True)
+    run.say(f"averaged weights are in {args.out}. Next: python sample.py {flag} "
+            + shlex.quote(args.out), True)
 
 
 class Run:
@@ -231,14 +237,18 @@ class Run:
         self.diffusion = make_diffusion(args).to(device)
         self.network = to_device(make_network(args, self.shape, self.classes), device)
         if args.init:
-            with data.named_errors(f"--init {args.init} does not fit"):
-                self.network.load_state_dict(read_checkpoint(args.init)[2]["ema"])
+            other = read_checkpoint(args.init)[2]
+            differ = [f"--{k} {v}" for k, v in other["settings"].items() if v != vars(args)[k]
+                      and k in ("channels", "multipliers", "blocks", "attention", "patch", "block",
+                                "embedding", "conditional", "classifier", "variance")]
+            with data.named_errors(f"--init {args.init} has another network {', '.join(differ)}"):
+                self.network.load_state_dict(other["ema"])
         self.average = copy.deepcopy(self.network).eval()
         self.weights, self.averages = (list(n.parameters()) for n in (self.network, self.average))
         self.lr = torch.tensor(args.lr, device=device)
         self.optimizers = make_optimizers(self.network, self.lr, args.optimizer == "muon")
         self.importance, self.seen = ImportanceSampler(args.timesteps), []
-        self.dtype = pick_dtype(args.precision, device)
+        self.dtype = pick_dtype(args.precision, device, args, self.shape)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.done, self.own_file = 0, None
         if args.resume:
@@ -522,8 +532,8 @@ def read_checkpoint(path):
     """A checkpoint -> (network with averaged weights, diffusion, the file's dict), on the CPU.
     Nothing in the file is run, and nothing larger than it is allocated."""
     if not os.path.isfile(path):
-        raise ValueError(f"there is no {path}: train one with python train.py, or use "
-                         "--checkpoint assets/fashion-mnist.pt")
+        raise ValueError(f"there is no {path}: python train.py makes one, and one comes with this "
+                         "project, assets/fashion-mnist.pt")
     with data.named_errors(f"{path} is no checkpoint of train.py, or damaged"):
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
@@ -588,7 +598,7 @@ def pick_device(name):
     _, world, local = ranks()
     mps = torch.backends.mps.is_available() and world == 1
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    with data.named_errors(f"--device {name}"):
+    with data.named_errors(f"--device {name} does not work here, try --device cpu"):
         device = torch.device(name)
         if world > 1 and (device.index is not None or device.type == "mps"):
             raise ValueError("torchrun's processes take a GPU each (cuda) or share the CPU")
@@ -601,8 +611,11 @@ def pick_device(name):
         return device
 
 
-def pick_dtype(precision, device):
+def pick_dtype(precision, device, settings, shape):
     """What autocast computes in; auto: bf16 where the hardware has units for it, else fp32."""
+    smallest = min(shape[1:]) / (settings.patch * 2 ** (len(settings.multipliers) - 1))
+    if precision == "auto" and device.type == "cpu" and smallest <= 1:
+        precision = "fp32"      # torch's bf16 convolutions give NaN on the way to maps 1 pixel wide
     if precision == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         units = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
