@@ -486,14 +486,16 @@ class Muon(torch.optim.Optimizer):
             matrices = [g.flatten(1) for g in gradients]
             matrices = [G.T if len(G) > G.shape[1] else G for G in matrices]
             m, n = (max(G.shape[k] for G in matrices) for k in (0, 1))
-            padded = torch.zeros(len(batch), m, n, device=lr.device)
-            for P, G in zip(padded, matrices):
-                P[:len(G), :G.shape[1]] = G
+            padded = matrices[0][None]
+            if len(batch) > 1:
+                padded = torch.zeros(len(batch), m, n, device=lr.device)
+                for P, G in zip(padded, matrices):
+                    P[:len(G), :G.shape[1]] = G
             for w, P, G in zip(batch, orthogonal(padded), matrices):
                 direction = P[:len(G), :G.shape[1]]
                 direction = direction.T if len(w) > w[0].numel() else direction
                 size = torch.where(skip, 0, lr) * 0.2 * math.sqrt(G.shape[1])
-                w.sub_(size * direction.reshape(w.shape))
+                w.addcmul_(direction.reshape(w.shape), size, value=-1)
 
 
 def orthogonal(G):
