@@ -267,11 +267,11 @@ def find_idx(name, files, root):
     """Arrays of IDX files; of Fashion-MNIST, if they are nowhere, the tenth in assets/."""
     try:
         return [find_file(name, *file, root, read_idx) for file in files]
-    except ValueError as error:
+    except ValueError:
         if name != "fashion-mnist" or not (EXCERPT / f"{files[0][0]}.gz").is_file():
             raise
-        progress("using the tenth of Fashion-MNIST in assets/, enough for a training of minutes "
-                 f"(README.md says more): {error}", final=True)
+        progress("using the tenth of Fashion-MNIST in assets/, enough for a training of minutes. "
+                 f"For all of it put four .gz into {Path(root, name)}. {DATASETS[name].hint}", True)
         return [read_idx(EXCERPT / f"{filename}.gz") for filename, _ in files]
 
 

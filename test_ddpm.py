@@ -3,8 +3,7 @@
 Three oracles carry most of it. The Gaussian: if every pixel of x_0 is N(m, s^2), the best eps_theta is known
 and each step affine, so losses, bits/dim, and mean and variance of a whole chain are known without training.
 The points: if x_0 is one of a few images, the best eps_theta is a softmax over them; samples must be those.
-And float64: formulas are worked out again with numpy, from the paper, without this project's tables.
-DDPM_LONG_TESTS=1 makes the kill and mutation tests as long as they should be before a release (minutes).
+And float64: formulas are worked out again from the paper. DDPM_LONG_TESTS=1: longer kill and mutation tests.
 """
 import ast
 import contextlib
