@@ -225,8 +225,12 @@ def load_data(args, checkpoint, split):
     same = (images.shape[1:], classes) == (checkpoint["shape"], checkpoint["classes"])
     if split == "train" and data.fingerprint(images, labels) != source["fingerprint"] or not same:
         raise ValueError(f"{args.checkpoint} was trained on other data than {name}: see --dataset")
-    chosen = slice(None) if args.label is None else labels == data.find_label(args.label, classes)
-    return images[chosen], labels[chosen]
+    if args.label is not None:
+        chosen = labels == data.find_label(args.label, classes)
+        images, labels = images[chosen], labels[chosen]
+        if len(images) < 2:
+            raise ValueError(f"{name} ({split}) has no two images of {args.label!r} to compare")
+    return images, labels
 
 
 @torch.inference_mode()
@@ -392,6 +396,8 @@ def main(argv=None):
     args.zoom = args.zoom or max(1, round(64 / max(shape[1:])))
     check_files(args, checkpoint, rank)
     torch.manual_seed(args.seed)
+    if not args.samples and rank > 0:
+        return
     if args.evaluate:
         evaluate(args, network, diffusion, checkpoint, device)
     if args.forward or args.reconstruct or args.interpolate:
@@ -403,8 +409,8 @@ def main(argv=None):
         args.columns = args.columns or len(checkpoint["classes"])
     args.steps = args.steps or (T if args.sampler == "ddpm" else min(50, T))
     if args.classifier:
-        classifier, its = load_classifier(args.classifier, device, checkpoint)
-        if not torch.equal(its.exact_alpha_bar, diffusion.exact_alpha_bar):
+        classifier, its_diffusion = load_classifier(args.classifier, device, checkpoint)
+        if not torch.equal(its_diffusion.exact_alpha_bar, diffusion.exact_alpha_bar):
             raise ValueError(f"{args.classifier} has another schedule: its t means other noise")
     if args.score:                                  # it sees clean images: any schedule will do
         judge, _ = load_classifier(args.score, device, checkpoint)
