@@ -1,6 +1,7 @@
 """Pixels in, pixels out: IDX, CIFAR-10 and .npy files become uint8 tensors, images become pictures.
 No pickle is loaded, no download trusted before its checksum. Whatever is wrong with a file is a
 ValueError that names it."""
+import argparse
 import contextlib
 import gzip
 import hashlib
@@ -10,9 +11,9 @@ import shutil
 import struct
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.request
+import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -97,8 +98,7 @@ def load_with_classes(name, split="train", root="data", only=None):
         images, labels, known = load_file(Path(name).expanduser(), split)
         classes = tuple(map(str, known))
     images = as_images(images, name)
-    if labels.shape == (len(images), 1):
-        labels = labels[:, 0]
+    labels = labels.squeeze(1) if labels.shape[1:] == (1,) else labels
     if labels.shape != (len(images),) or labels.dtype.kind not in "iubUS":
         raise ValueError(f"{name} has labels {labels.dtype} of shape {labels.shape}: save "
                          f"{len(images)} integers or strings")
@@ -126,8 +126,6 @@ def load_file(path, split):
         path, labels = test, test_labels
     elif split == "test":
         progress(f"{path} is its own test split: none is beside it", final=True)
-    if has_labels and not labels.is_file():
-        raise ValueError(f"there is no {labels}, but training has labels")
     images = read(path)
     return images, read(labels) if has_labels else np.zeros(images.shape[:1], np.int64), known
 
@@ -196,7 +194,7 @@ def named_errors(path):
     except Exception as error:
         if isinstance(error, OSError) and error.errno and error.filename:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: {reason[:200]}") from None
 
 
@@ -290,6 +288,68 @@ def fetch(url, path, read, limit=2**28):
             return read(file.name)
 
 
+# What every script needs ------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is a ValueError."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise ValueError(message)
+
+    def section(self, title):
+        """-> a function that adds a flag: its default tells its type, and is shown."""
+        group = self.add_argument_group(title)
+
+        def flag(name, default, help, **options):
+            if default is False:
+                options["action"] = "store_true"
+            elif "action" not in options:
+                types = {int: positive_integer, float: float}
+                options.setdefault("type", types.get(type(default), os.path.expanduser))
+            help += f" (default: {default})" if type(default) in (int, float, str) else ""
+            group.add_argument(name, default=default, help=help, **options)
+
+        return flag
+
+
+def positive_integer(text):
+    if not 0 < int(text) < 2**63:
+        raise ValueError
+    return int(text)
+
+
+def positive_integers(text):
+    return tuple(positive_integer(part) for part in text.split(","))
+
+
+def run_script(main):
+    """Run a script's main. What is wrong with a file, flag or machine is one line, no traceback."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.filterwarnings("ignore", "Grad strides do not match")          # of 1 x 1 convolutions
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)   # freed, it makes glibc reuse memory: faster
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        reason = str(error)
+        if isinstance(error, MemoryError) or "allocate" in reason:
+            reason = "out of memory. Try a smaller --batch-size, or a smaller network"
+        elif type(error).__module__.startswith("torch._"):
+            reason = f"--compile does not work here: {reason.splitlines()[0]}"
+        elif isinstance(error, RuntimeError):
+            raise
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {reason}")
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
 def progress(text, final=False):
     """A line that is written over in a terminal, one in ten seconds in a log; a final one stays."""
     terminal = sys.stdout and sys.stdout.isatty()
@@ -338,16 +398,13 @@ def check_outputs(outputs, inputs):
 
     taken = set().union(*(real(path, *companions(path)) for path in inputs if path))
     for path in filter(None, outputs):
-        written = real(path, *companions(path)[:1])
+        written, old = real(path, *companions(path)[:1]), os.path.exists(path)
         if written & taken:
             raise ValueError(f"{path} (or its labels) is used twice: choose another name")
         taken |= written
-        try:
-            if os.path.exists(path) and not (os.path.isfile(path) and os.access(path, os.W_OK)):
-                raise OSError(0, "it is no file, or write-protected")
-            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+        folder = os.path.dirname(os.path.realpath(path))
+        if not os.access(folder, os.W_OK) or (old and not os.path.isfile(path)):
+            raise ValueError(f"{path} cannot be written: no such folder, no right to, or no file")
 
 
 def check_suffix(path, allowed):

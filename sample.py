@@ -8,7 +8,6 @@
 """
 import argparse
 import math
-import os
 import time
 from pathlib import Path
 
@@ -20,62 +19,53 @@ import torch.nn.functional as F
 import data
 import train
 from ddpm import classifier_free_guidance, classifier_guidance, respace, standard_normal
+from train import RANK, WORLD
 
 BLOCK = 64                  # images that share a stream of random numbers
+FEW = 100                   # images of which --evaluate takes all T terms
 
 
 def parse_args(argv=None):
     """The settings, checked."""
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                          allow_abbrev=False)
-    count = {"type": train.whole}
-
-    def file(name, help, default=None, **options):
-        flag(name, default, help, type=os.path.expanduser, metavar="FILE", **options)
-
+    parser, count = data.Parser(__doc__), data.positive_integer
     flag = parser.section("what to draw")
-    file("--checkpoint", "of train.py", "ddpm.pt")
-    flag("--n", 64, "number of images")
+    flag("--checkpoint", "ddpm.pt", "of train.py")
+    flag("--n", None, "number of images (default: 64; --evaluate: all)", type=count)
     flag("--label", None, "class, by name or index (default: all in turn)")
-    flag("--guidance", None, "0: no label, above 1: more of it (default: 1)", type=train.number)
-    file("--classifier", "guide by it instead")
+    flag("--guidance", None, "0: no label, above 1: more of it (default: 1)", type=float)
+    flag("--classifier", None, "guide by it instead")
     flag("--seed", 0, "image i depends on it and on i alone", type=int)
     flag = parser.section("how")
     flag("--sampler", "ddpm", "ddpm: Algorithm 2", choices=("ddpm", "ddim"))
-    flag("--steps", None, "calls of the network (default: T; ddim: 50)", **count)
-    flag("--eta", None, "noise of ddim; 1: ddpm's (default: 0)", type=train.number)
+    flag("--steps", None, "calls of the network (default: T; ddim: 50)", type=count)
+    flag("--eta", None, "noise of ddim; 1: ddpm's (default: 0)", type=float)
     flag("--clip", True, "hold x_0 in [-1, 1]; Algorithm 2 as printed: --no-clip (default: on)",
          action=argparse.BooleanOptionalAction)
     flag("--batch-size", 256, "images at a time")
     flag("--precision", "auto", "see train.py", choices=("auto", "fp32", "bf16", "fp16"))
-    flag("--compile", False, "torch.compile the network")
     flag("--device", None, "cpu, cuda, cuda:1 or mps (default: the best)")
-    flag("--threads", None, "of the CPU (default: one or all, what is faster)", **count)
+    flag("--threads", None, "of the CPU (default: one or all, what is faster)", type=count)
     flag = parser.section("output")
-    file("--out", "picture or .npy (default: samples.pgm or .ppm, and .png)")
-    flag("--columns", None, "of the grid (default: as rows, or one per class)", **count)
-    flag("--gap", 2, "pixels between images", type=int)
-    flag("--zoom", None, "of pixels (default: to about 64 an image)", **count)
-    file("--trajectory", "8 images and predicted x_0 on the way (Figure 6)")
-    file("--movie", "the way as an animated .png")
+    flag("--out", None, "picture or .npy (default: samples.pgm or .ppm, and .png)")
+    flag("--columns", None, "of the grid (default: as rows, or one per class)", type=count)
+    flag("--trajectory", None, "8 images and predicted x_0 on the way (Figure 6)")
+    flag("--movie", None, "the way as an animated .png")
     flag = parser.section("how good it is")
-    file("--score", "Frechet distance by a classifier (default: that of assets/)", nargs="?",
+    flag("--score", None, "Frechet distance by a classifier (default: that of assets/)", nargs="?",
          const=str(Path(__file__).parent / "assets/classifier.pt"))
-    file("--nearest", "10 samples and the 5 nearest training images")
-    flag("--evaluate", False, "L_simple and bits/dim of test images")
-    flag("--exact", None, "evaluate all T terms, of so many images", **count)
-    file("--dataset", "where the training's data are now")
-    file("--data-dir", "see train.py", "data")
+    flag("--nearest", None, "10 samples and the 5 nearest training images")
+    flag("--evaluate", False, f"L_simple and bits/dim of test images; all T terms of < {FEW}")
+    flag("--dataset", None, "where the training's data are now")
+    flag("--data-dir", "data", "see train.py")
     flag = parser.section("other pictures, without samples")
-    file("--forward", "images turning into noise, by Eq. 4 and, below, Eq. 2")
-    file("--reconstruct", "test images, their x_T by DDIM, and back")
-    file("--interpolate", "two test images mixed at x_T, T/4, T/2, 3T/4 (Figure 8)")
+    flag("--forward", None, "images turning into noise, by Eq. 4 and, below, Eq. 2")
+    flag("--reconstruct", None, "test images, their x_T by DDIM, and back")
+    flag("--interpolate", None, "two test images mixed at x_T, T/4, T/2, 3T/4 (Figure 8)")
     args = parser.parse_args(argv)
-    misplaced = args.eta is not None and args.sampler != "ddim"
-    if args.exact and not args.evaluate:
-        raise ValueError("--exact belongs to --evaluate")
-    if not 0 <= args.seed < 2**63 or args.gap < 0 or (args.eta or 0) > 1 or misplaced:
-        raise ValueError("--seed and --gap are at least 0; --eta is 0..1, for --sampler ddim")
+    if not 0 <= args.seed < 2**63 or not math.isfinite(args.guidance or 0):
+        raise ValueError("--seed is at least 0, --guidance a finite number")
+    if args.eta is not None and (args.sampler != "ddim" or not 0 <= args.eta <= 1):
+        raise ValueError("--eta is 0..1, for --sampler ddim")
     args.samples = not (args.evaluate or args.forward or args.reconstruct or args.interpolate)
     for k in ("label", "guidance", "classifier", "out", "trajectory", "movie", "score", "nearest"):
         if not args.samples and getattr(args, k) is not None:
@@ -89,27 +79,26 @@ def parse_args(argv=None):
 def draw(args, network, classifier, diffusion, shape, labels, device):
     """-> pixels (n, C, H, W), complete in process 0, and [x_t, predicted x_0] of the first 64 on
     their way."""
-    (rank, world, _), began, frames = train.ranks(), time.perf_counter(), []
-    pixels = torch.zeros(args.n, *shape, dtype=torch.uint8)
-    for start in range(rank * args.batch_size, args.n, world * args.batch_size):
+    began, frames, pixels = time.perf_counter(), [], torch.zeros(args.n, *shape, dtype=torch.uint8)
+    for start in range(RANK * args.batch_size, args.n, WORLD * args.batch_size):
         size = min(args.batch_size, args.n - start)
         y = None if labels is None else labels[start:start + size].to(device)
         model = guided_model(args, network, classifier, diffusion, y)
         noise = noise_of_images(args.seed, start, size, device)
         x_T = noise((size, *shape))
-        if device.type == "cuda" and not classifier and not args.compile:
+        if device.type == "cuda" and not classifier:
             model = recorded(model, x_T)
         for k, (t, x_t, x_0) in enumerate(chain(args, diffusion, model, x_T, noise)):
             if start == 0 and k in np.linspace(0, args.steps, 41).round():
                 frames.append([data.to_pixels(x[:64]).cpu() for x in (x_t, x_0)])
-            if rank == 0:
+            if RANK == 0:
                 data.progress(f"{start} of {args.n} images drawn, {size} more at t = {t}")
         if not torch.isfinite(x_t).all():
             raise ValueError(f"{args.checkpoint} draws no finite numbers; try --precision fp32")
         pixels[start:start + size] = data.to_pixels(x_t)
-    if world > 1:
+    if WORLD > 1:
         dist.reduce(pixels, 0)              # a sum: an image is 0 in all processes but one
-    if rank == 0:
+    if RANK == 0:
         seconds = time.perf_counter() - began
         data.progress(f"{args.n} images in {seconds:.1f} s: "
                       f"{args.n * args.steps / seconds:,.0f} network evaluations/s", final=True)
@@ -173,6 +162,7 @@ def recorded(model, x_T):
 
 def choose_labels(args, network, checkpoint):
     """The label of each image, (n,), or None. ValueError for what cannot be."""
+    classes, n = checkpoint["classes"], args.n
     if not args.classifier and network.num_classes is None:
         if args.label is None and args.guidance is None:
             return None
@@ -181,16 +171,17 @@ def choose_labels(args, network, checkpoint):
     hidden = args.classifier or checkpoint["settings"]["label_dropout"] > 0
     if args.guidance not in (None, 1) and not hidden:
         raise ValueError(f"no --guidance: {args.checkpoint} was trained with --label-dropout 0")
-    if args.label is None:
-        return torch.arange(args.n) % len(checkpoint["classes"])
-    return torch.full((args.n,), data.find_label(args.label, checkpoint["classes"]))
+    if args.label is not None:
+        return torch.full((n,), data.find_label(args.label, classes))
+    args.columns = args.columns or len(classes)
+    return torch.arange(n) % len(classes)
 
 
 def write(args, pixels, labels, frames):
     """The files that samples and their frames go to."""
     for path in args.out:
         if not path.lower().endswith(".npy"):
-            data.save_image(path, pixels, args.columns, args.gap, args.zoom)
+            data.save_image(path, pixels, args.columns, zoom=args.zoom)
             continue
         beside = Path(path).with_suffix(".labels.npy")
         beside.unlink(missing_ok=True)                          # an older file's
@@ -203,14 +194,13 @@ def write(args, pixels, labels, frames):
         shown = np.linspace(0, len(frames) - 1, min(11, len(frames))).astype(int)
         save_columns(args, args.trajectory, [torch.stack(frames[k], 1)[:8] for k in shown])
     if args.movie:
-        data.save_movie(args.movie, [x for x, _ in frames], args.columns, args.gap, args.zoom)
+        data.save_movie(args.movie, [x for x, _ in frames], args.columns, zoom=args.zoom)
         print("wrote", args.movie)
 
 
 def save_columns(args, path, columns):
     """A picture of columns (rows, C, H, W), or (rows, 2, C, H, W): two below each other."""
-    images = torch.stack(columns, dim=-4).flatten(0, -4)
-    data.save_image(path, images, len(columns), args.gap, args.zoom)
+    data.save_image(path, torch.stack(columns, -4).flatten(0, -4), len(columns), zoom=args.zoom)
     print("wrote", path)
 
 
@@ -228,17 +218,14 @@ def load_data(args, checkpoint, split):
     if args.label is not None:
         chosen = labels == data.find_label(args.label, classes)
         images, labels = images[chosen], labels[chosen]
-        if len(images) < 2:
-            raise ValueError(f"{name} ({split}) has no two images of {args.label!r} to compare")
+    if len(images) < 2:
+        raise ValueError(f"{name} ({split}) has fewer than two such images to compare with")
     return images, labels
 
 
-@torch.inference_mode()
 def other_pictures(args, network, diffusion, checkpoint, device):
     """--forward, --reconstruct and --interpolate, of the first test images."""
     images, labels = load_data(args, checkpoint, "test")
-    if len(images) < 10:
-        raise ValueError(f"these pictures need 10 test images, and there are {len(images)}")
     x_0, T = data.to_model(images[:10]).to(device), diffusion.timesteps
     steps, x_t, ends = args.steps or min(100, T), x_0[:4], x_0[:2]
     if args.forward:
@@ -270,7 +257,7 @@ def other_pictures(args, network, diffusion, checkpoint, device):
 
 def slerp(a, b, weights):
     """From noise a to noise b (C, H, W) along an arc -> (len(weights), C, H, W) (DDIM, D.5)."""
-    weights = torch.as_tensor(weights, dtype=torch.float32, device=a.device).view(-1, 1, 1, 1)
+    weights = torch.as_tensor(weights).to(a).view(-1, 1, 1, 1)
     cosine = (a * b).sum() / (a.norm() * b.norm()).clamp(min=1e-12)
     angle = torch.acos(cosine.clamp(-1, 1)).clamp(min=1e-3)
     return (torch.sin((1 - weights) * angle) * a + torch.sin(weights * angle) * b) / angle.sin()
@@ -302,7 +289,6 @@ def frechet_distance(f, g):
     return float(squares - 2 * torch.linalg.svdvals(A @ B.T).sum())
 
 
-@torch.inference_mode()
 def score(classifier, pixels, labels, known, test, device):
     """--score: how far the samples are from test images, and as many training images."""
     def features(images):
@@ -318,16 +304,15 @@ def score(classifier, pixels, labels, known, test, device):
           f"{frechet_distance(real, g):.3f}); classes drawn: {drawn}{right}")
 
 
-@torch.inference_mode()
 def evaluate(args, network, diffusion, checkpoint, device):
     """--evaluate: L_simple and the bound (Section 4.3) on test images, with 95% confidence."""
-    images, labels = (part[:args.exact] for part in load_data(args, checkpoint, "test"))
+    images, labels = (part[:args.n] for part in load_data(args, checkpoint, "test"))
     N, T, parts = len(images), diffusion.timesteps, []
     for x_0, y in zip(images.split(500), labels.split(500)):
         x_0, y = data.to_model(x_0.to(device)), y.to(device) if network.num_classes else None
         sums = torch.zeros(4, len(x_0), device=device)
         sums[1] = diffusion.prior_bits(x_0)
-        for t, weight in chosen_times(T, len(x_0), args.exact or N < 100, device):
+        for t, weight in chosen_times(T, len(x_0), N < FEW, device):
             data.progress(f"{500 * len(parts)} of {N} images, {len(x_0)} more at t = {t[0]}")
             noise = torch.randn_like(x_0)
             x_t = diffusion.q_sample(x_0, t, noise)
@@ -347,12 +332,12 @@ def evaluate(args, network, diffusion, checkpoint, device):
     print(f"  RMSE of it  {127.5 * error.mean().sqrt():.2f} of 255")
 
 
-def chosen_times(T, B, exact, device):
-    """Yields t (B,), weight (B,) whose weighted sums estimate sums over 1..T: 1, and of 2..T all or
-    four at random, about as likely as they are large (L_{t-1} falls like 1/t)."""
+def chosen_times(T, B, every, device):
+    """Yields t (B,), weight (B,) whose weighted sums estimate sums over 1..T: 1, and of 2..T all,
+    or four at random, about as likely as they are large (L_{t-1} falls like 1/t)."""
     ones, later = torch.ones(B, device=device), torch.arange(2, T + 1, device=device)
     yield ones.long(), ones
-    if exact or T == 1:                             # of few images, random terms say too little
+    if every or T == 1:                             # of few images, random terms say too little
         yield from ((t.expand(B), ones) for t in later)
         return
     chance = 1 / later + 5 / T
@@ -370,7 +355,7 @@ def load_classifier(path, device, checkpoint):
     return classifier, diffusion
 
 
-def check_files(args, checkpoint, rank):
+def check_files(args, checkpoint):
     """Fill in --out. ValueError, before any work, for a file that cannot be written."""
     kinds = (".png", ".ppm") if checkpoint["shape"][0] == 3 else (".png", ".ppm", ".pgm")
     args.out = [args.out] if args.out else ["samples" + kinds[-1], "samples.png"] * args.samples
@@ -379,35 +364,32 @@ def check_files(args, checkpoint, rank):
                            (args.out, (*kinds, ".npy"))):
         for path in filter(None, paths):
             data.check_suffix(path, allowed)
-    if rank == 0:
+    if RANK == 0:
         source = checkpoint["source"]["dataset"]
         data.check_outputs([args.movie, *pictures, *args.out], [
             args.checkpoint, args.classifier, args.score, args.dataset, source])
 
 
+@torch.no_grad()
 def main(argv=None):
     """Load, draw, write."""
-    args, (rank, world, _) = parse_args(argv), train.ranks()
+    args = parse_args(argv)
     device = train.pick_device(args.device)
     network, diffusion, checkpoint = train.load_checkpoint(args.checkpoint, device)
     shape, T, classifier = checkpoint["shape"], diffusion.timesteps, None
     if args.steps and args.steps > T:
         raise ValueError(f"--steps {args.steps} is more than the {T} that {args.checkpoint} has")
-    args.zoom = args.zoom or max(1, round(64 / max(shape[1:])))
-    check_files(args, checkpoint, rank)
+    args.zoom = max(1, round(64 / max(shape[1:])))      # 28 pixels are hard to see
+    check_files(args, checkpoint)
     torch.manual_seed(args.seed)
-    if not args.samples and rank > 0:
-        return
-    if args.evaluate:
-        evaluate(args, network, diffusion, checkpoint, device)
-    if args.forward or args.reconstruct or args.interpolate:
-        other_pictures(args, network, diffusion, checkpoint, device)
     if not args.samples:
+        if args.evaluate and RANK == 0:
+            evaluate(args, network, diffusion, checkpoint, device)
+        if (args.forward or args.reconstruct or args.interpolate) and RANK == 0:
+            other_pictures(args, network, diffusion, checkpoint, device)
         return
+    args.n, args.steps = args.n or 64, args.steps or (T if args.sampler == "ddpm" else min(50, T))
     labels = choose_labels(args, network, checkpoint)
-    if labels is not None and args.label is None:
-        args.columns = args.columns or len(checkpoint["classes"])
-    args.steps = args.steps or (T if args.sampler == "ddpm" else min(50, T))
     if args.classifier:
         classifier, its_diffusion = load_classifier(args.classifier, device, checkpoint)
         if not torch.equal(its_diffusion.exact_alpha_bar, diffusion.exact_alpha_bar):
@@ -416,18 +398,14 @@ def main(argv=None):
         judge, _ = load_classifier(args.score, device, checkpoint)
     if args.score or args.nearest:
         known, test = (load_data(args, checkpoint, split)[0] for split in ("train", "test"))
-    if world > 1:
+    if WORLD > 1:
         dist.init_process_group("gloo")
-    if args.compile:
-        network.compile()
-    settings = argparse.Namespace(**checkpoint["settings"])
-    dtype = train.pick_dtype(args.precision, device, settings, shape)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), torch.no_grad():
-        if device.type == "cpu" and world == 1:
-            x, t = torch.zeros(min(args.n, BLOCK), *shape), torch.ones(min(args.n, BLOCK)).long()
-            torch.set_num_threads(args.threads or train.faster_threads(lambda: network(x, t)))
+    dtype = train.pick_dtype(args.precision, device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        train.set_threads(args.threads, device, lambda: network(
+            torch.zeros(min(args.n, BLOCK), *shape), torch.ones(min(args.n, BLOCK)).long()))
         pixels, frames = draw(args, network, classifier, diffusion, shape, labels, device)
-    if rank == 0:
+    if RANK == 0:
         write(args, pixels, labels, frames)
         if args.nearest:
             draw_nearest(args, pixels, known, test)
@@ -436,4 +414,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.run_script(main)
+    data.run_script(main)

@@ -9,6 +9,7 @@ It writes ddpm.pt, from which sample.py draws.
 import argparse
 import copy
 import datetime
+import itertools
 import math
 import os
 import shlex
@@ -16,7 +17,6 @@ import signal
 import sys
 import time
 import timeit
-import warnings
 import zipfile
 
 import numpy as np
@@ -31,74 +31,36 @@ import unet
 
 FORMAT = "ddpm checkpoint 4"
 NOT_KEPT = {"data_dir", "out", "save_every", "slim", "resume", "init", "log", "preview", "device",
-            "compile"}                  # flags that a checkpoint does not store
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is a ValueError."""
-
-    def section(self, title):
-        """-> a function that adds a flag: its default tells its type, and is shown."""
-        group = self.add_argument_group(title)
-
-        def flag(name, default, help, **options):
-            kind = type(default)
-            if default is False:
-                options["action"] = "store_true"
-            elif "action" not in options:
-                parse = {int: whole, float: number}.get(kind, os.path.expanduser)
-                options.setdefault("type", parse)
-            help += f" (default: {default})" if kind in (int, float, str) else ""
-            group.add_argument(name, default=default, help=help, **options)
-
-        return flag
-
-    def error(self, message):
-        raise ValueError(message)
-
-
-def whole(text):
-    """A whole number above 0."""
-    if not text.isdecimal() or not 0 < int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def number(text):
-    """A number of at least 0."""
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return float(text)
-
-
-def numbers(text):
-    """Whole numbers above 0, with commas between them."""
-    return tuple(whole(part) for part in text.split(",") if part)
+            "compile"}                                      # settings that a checkpoint leaves out
+RANK = int(os.environ.get("RANK", "0"))                       # torchrun sets these: which process,
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))                # of how many,
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))           # and which on this machine
 
 
 def parse_args(argv=None):
     """The settings, checked; with --resume, those of the checkpoint unless they are given."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
-    choices, either = ddpm.CHOICES, argparse.BooleanOptionalAction
+    parser, choices = data.Parser(__doc__), ddpm.CHOICES
     flag = parser.section("data")
     flag("--dataset", "fashion-mnist", "mnist, cifar10, a FILE.npy or an IDX file")
     flag("--data-dir", "data", "where data are looked for, or downloaded to")
     flag("--only", None, "train on one class, by name or index")
-    flag("--flip", None, "mirror half of the images (default: cifar10 only)", action=either)
+    flag("--flip", None, "mirror half of the images (default: cifar10 only)",
+         action=argparse.BooleanOptionalAction)
     flag = parser.section("diffusion")
     flag("--timesteps", 1000, "T (paper: 1000)")
     flag("--schedule", None, "paper: linear (default: cosine)", choices=("cosine", "linear"))
-    flag("--beta-start", None, "if linear (paper: 1e-4; default: 0.1 / T)", type=number)
-    flag("--beta-end", None, "if linear (paper: 0.02; default: 20 / T)", type=number)
+    flag("--beta-start", None, "if linear (paper: 1e-4; default: 0.1 / T)", type=float)
+    flag("--beta-end", None, "if linear (paper: 0.02; default: 20 / T)", type=float)
     flag("--prediction", "eps", "paper: eps", choices=choices["prediction"])
     flag("--variance", "beta", "paper: beta, posterior", choices=choices["variance"])
     flag("--loss", None, "paper: mse (default: mse; if learned: hybrid)", choices=choices["loss"])
     flag = parser.section("network")
     flag("--channels", 32, "at the highest resolution (paper: 128)")
-    flag("--multipliers", "1,2", "of channels, by resolution (paper: 1,2,2,2)", type=numbers)
+    flag("--multipliers", "1,2", "of channels, by resolution (paper: 1,2,2,2)",
+         type=data.positive_integers)
     flag("--blocks", 1, "per resolution (paper: 2)")
-    flag("--attention", (), "at map sizes (paper: 16; default: middle alone)", type=numbers)
+    flag("--attention", (), "at map sizes (paper: 16; default: middle alone)",
+         type=data.positive_integers)
     flag("--heads", 1, "of the attention (paper: 1)")
     flag("--dropout", 0.0, "paper: 0.1")
     flag("--patch", 2, "pixels gathered along each side (paper: 1)")
@@ -112,7 +74,7 @@ def parse_args(argv=None):
     flag("--batch-size", 64, "of all processes together (paper: 128)")
     flag("--accumulate", 1, "parts to compute a batch in, to save memory")
     flag("--optimizer", "muon", "paper: adam", choices=("muon", "adam"))
-    flag("--lr", None, "paper: 2e-4 (default: muon 0.01, adam 0.005; falls to 0)", type=number)
+    flag("--lr", None, "paper: 2e-4 (default: muon 0.01, adam 0.005; falls to 0)", type=float)
     flag("--warmup", 100, "steps in which the rate rises", type=int)
     flag("--ema", 0.999, "decay of the averaged weights (paper: 0.9999)")
     flag("--precision", "auto", "paper: fp32; auto: bf16 if the hardware has it",
@@ -121,18 +83,19 @@ def parse_args(argv=None):
     flag("--checkpointing", False, "compute blocks twice, to save memory")
     flag("--seed", 0, "of everything random", type=int)
     flag("--device", None, "cpu, cuda, cuda:1 or mps (default: the best there is)")
-    flag("--threads", None, "of the CPU (default: one or all, what is faster now)", type=whole)
+    flag("--threads", None, "of the CPU (default: one or all, what is faster now)",
+         type=data.positive_integer)
     flag = parser.section("output")
     flag("--out", None, "checkpoint (default: ddpm.pt, or classifier.pt)")
     flag("--save-every", 1000, "steps between checkpoints")
     flag("--slim", False, "save the averaged weights alone, to sample from")
     flag("--resume", False, "go on from --out, with its settings, exactly")
     flag("--init", None, "checkpoint whose averaged weights to begin with")
-    flag("--log", None, "CSV file of step, loss, learning rate, images/s")
+    flag("--log", None, "CSV file to add step, loss, rate and images/s to")
     flag("--preview", None, "picture of 16 samples, at every checkpoint")
 
     defaults = vars(parser.parse_args([]))
-    unset = argparse.Namespace(**dict.fromkeys(defaults))       # tells what is given from the rest
+    unset = argparse.Namespace(**dict.fromkeys(defaults))   # tells what is given from the rest
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
     out = given.get("out") or ("classifier.pt" if "classifier" in given else "ddpm.pt")
     old = read_checkpoint(out)[2]["settings"] if "resume" in given else {}
@@ -155,21 +118,22 @@ def parse_args(argv=None):
         "loss": "hybrid" if learned else "mse",
         "lr": 0.01 if args.optimizer == "muon" else 0.005}
     vars(args).update({k: v for k, v in dependent.items() if getattr(args, k) is None})
-    for wrong, message in (
-            (max(args.dropout, args.ema, args.label_dropout) >= 1,
-             "--dropout, --ema and --label-dropout must be below 1"),
-            (args.lr == 0 or not 0 <= args.warmup <= 10**9 or not 0 <= args.seed < 2**63,
-             "--lr must be above 0, --warmup and --seed at least 0, and not so large"),
-            (has_beta and not linear, "--beta-start and --beta-end belong to --schedule linear"),
-            (learned and args.loss not in ("vlb", "hybrid"),
+    for fine, message in (
+            (all(0 <= x < 1 for x in (args.dropout, args.ema, args.label_dropout)),
+             "--dropout, --ema and --label-dropout are at least 0 and below 1"),
+            (0 < args.lr < math.inf and 0 <= min(args.warmup, args.seed) and args.seed < 2**63,
+             "--lr is above 0, --warmup and --seed are at least 0"),
+            (linear or not has_beta, "--beta-start and --beta-end belong to --schedule linear"),
+            (args.loss in ("vlb", "hybrid") or not learned,
              f"--loss {args.loss} does not train --variance {args.variance}: use hybrid"),
-            (bool(args.only) + args.conditional + args.classifier > 1,
+            (bool(args.only) + args.conditional + args.classifier <= 1,
              "--only, --conditional and --classifier exclude each other"),
-            (args.resume and args.init, "--resume goes on as it is, --init begins anew"),
-            (args.classifier and args.preview, "--preview is of samples: a classifier has none")):
-        if wrong:
+            (not (args.resume and args.init), "--resume goes on as it is, --init begins anew"),
+            (not (args.classifier and args.preview), "a classifier has no samples to --preview")):
+        if not fine:
             raise ValueError(message)
-    data.check_suffix(args.preview or "none.png", (".png", ".ppm", ".pgm"))
+    if args.preview:
+        data.check_suffix(args.preview, (".png", ".ppm", ".pgm"))
     make_diffusion(args)                                    # refuses what cannot be
     return args
 
@@ -185,24 +149,21 @@ def train(args):
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
             signal.signal(number, remember)
-    if run.done >= args.steps:
-        return run.say(f"{args.out} has all its {run.done} steps. To go on: --steps N", True)
     while run.done < args.steps and stop == 0:              # 1, 6: repeat until
         run.step()                                          # 2-5
         run.report()
         stop += len(signals)
-        if run.world > 1:
+        if WORLD > 1:
             dist.all_reduce(stop)                           # all stop together
-        if run.done % args.save_every == 0:
+        if run.done % args.save_every == 0 or stop > 0 or run.done >= args.steps:
             run.save()
-    run.save()
     if run.done < args.steps:
         saved = f"saved in {args.out}. To go on: --resume" if run.own_file else "nothing to save"
         run.say(f"stopped at step {run.done}, {saved}", True)
         sys.exit(128 + signals[0] if signals else 1)
     flag = "--score" if args.classifier else "--checkpoint"
-    run.say(f"averaged weights are in {args.out}. Next: python sample.py {flag} "
-            + shlex.quote(args.out), True)
+    run.say(f"{args.out} has all its {run.done} steps. Next: python sample.py {flag} "
+            f"{shlex.quote(args.out)}. To go on: --resume --steps N", True)
 
 
 class Run:
@@ -213,16 +174,16 @@ class Run:
     The maths: step, add_gradient, batch, losses, descend. The rest keeps the books."""
 
     def __init__(self, args):
-        self.args, self.device, (self.rank, self.world, _) = args, pick_device(args.device), ranks()
-        device, gpu, parts = self.device, self.device.type == "cuda", self.world * args.accumulate
-        self.say = data.progress if self.rank == 0 else lambda *_: None
+        self.args, self.device = args, pick_device(args.device)
+        device, gpu, parts = self.device, self.device.type == "cuda", WORLD * args.accumulate
+        self.say = data.progress if RANK == 0 else lambda *_: None
         if args.batch_size % parts:
             raise ValueError(f"--batch-size {args.batch_size} does not divide into {parts} parts")
         if gpu:
             torch.cuda.set_stream(torch.cuda.Stream())      # the default one cannot be recorded
-        if self.world > 1:
+        if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-        if self.rank == 0:
+        if RANK == 0:
             data.check_outputs((args.out, args.log, args.preview), (args.dataset, args.init))
         images, labels, self.classes = data.load_with_classes(args.dataset, "train", args.data_dir,
                                                               args.only)
@@ -237,18 +198,14 @@ class Run:
         self.diffusion = make_diffusion(args).to(device)
         self.network = to_device(make_network(args, self.shape, self.classes), device)
         if args.init:
-            other = read_checkpoint(args.init)[2]
-            differ = [f"--{k} {v}" for k, v in other["settings"].items() if v != vars(args)[k]
-                      and k in ("channels", "multipliers", "blocks", "attention", "patch", "block",
-                                "embedding", "conditional", "classifier", "variance")]
-            with data.named_errors(f"--init {args.init} has another network {', '.join(differ)}"):
-                self.network.load_state_dict(other["ema"])
+            with data.named_errors(f"--init {args.init} needs the flags of its own network"):
+                self.network.load_state_dict(read_checkpoint(args.init)[2]["ema"])
         self.average = copy.deepcopy(self.network).eval()
         self.weights, self.averages = (list(n.parameters()) for n in (self.network, self.average))
         self.lr = torch.tensor(args.lr, device=device)
         self.optimizers = make_optimizers(self.network, self.lr, args.optimizer == "muon")
-        self.importance, self.seen = ImportanceSampler(args.timesteps), []
-        self.dtype = pick_dtype(args.precision, device, args, self.shape)
+        self.importance, self.seen = ddpm.ImportanceSampler(args.timesteps), []
+        self.dtype = pick_dtype(args.precision, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.done, self.own_file = 0, None
         if args.resume:
@@ -256,21 +213,19 @@ class Run:
         self.n = torch.tensor(float(self.done), device=device)
         self.loss_sum, self.skipped, self.skipped_in_a_row = torch.zeros(3, device=device)
         self.model = torch.compile(self.network) if args.compile else self.network
-        if self.world > 1:
+        if WORLD > 1:
             self.model = DistributedDataParallel(self.model)
         can_record = gpu and parts == 1 and not args.compile and args.loss in ("mse", "l1", "huber")
         self.record_at = self.done + 3 if can_record else None
-        if device.type == "cpu" and self.world == 1 and not args.threads:
-            args.threads = faster_threads(lambda: self.losses(*self.batch()).mean().backward())
-            self.network.zero_grad()
-            self.seen.clear()
-        torch.set_num_threads(threads := args.threads or torch.get_num_threads())
-        cores = f", {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else ""
+        args.threads = set_threads(args.threads, device,
+                                   lambda: self.losses(*self.batch()).mean().backward())
+        self.network.zero_grad()
+        self.seen.clear()
+        cores = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
         size, parameters = "x".join(map(str, self.shape)), sum(w.numel() for w in self.weights)
         self.say(f"{len(images):,} images {size}{', half of them mirrored' * args.flip}, "
                  f"{parameters:,} parameters, {device}, {str(self.dtype)[6:]}{cores}, "
                  f"steps {self.done} to {args.steps} of {args.batch_size} images", True)
-        self.log = open_log(args.log, self.done) if args.log and self.rank == 0 else None
         self.reported, self.reported_at = self.done, time.perf_counter()
 
     def step(self):
@@ -282,13 +237,13 @@ class Run:
             self.add_gradient = lambda last: graph.replay()         # draws from the seed set before
         parts = self.args.accumulate
         for k in range(parts):
-            torch.manual_seed(random_stream(self.args.seed, self.done, self.rank * parts + k))
+            torch.manual_seed(random_stream(self.args.seed, self.done, RANK * parts + k))
             self.add_gradient(last=k == parts - 1)
         self.done += 1
 
     def add_gradient(self, last):
         """The gradient of a part of the batch; after the last part, the step along it."""
-        if self.world > 1:
+        if WORLD > 1:
             self.model.require_backward_grad_sync = last    # average over processes at the end
         x_0, y = self.batch()                                       # 2: x_0 ~ q(x_0)
         loss = self.losses(x_0, y).mean() / self.args.accumulate    # 3-5: see training_losses
@@ -346,12 +301,11 @@ class Run:
         self.skipped_in_a_row.add_(1).mul_(bad)
         n += 1
         if self.seen:
-            everyone = [self.seen] * self.world
-            if self.world > 1:
+            everyone = [self.seen] * WORLD
+            if WORLD > 1:
                 dist.all_gather_object(everyone, self.seen)
-            for seen in everyone:
-                for t, loss in seen:
-                    self.importance.remember(t, loss)
+            for t, loss in itertools.chain(*everyone):
+                self.importance.remember(t, loss)
             self.seen = []
 
     def report(self):
@@ -371,27 +325,32 @@ class Run:
         left = datetime.timedelta(seconds=round((args.steps - done) * seconds / steps))
         self.say(f"step {done}/{args.steps}  loss {loss:.4f}  {speed:.0f} images/s  {left} left"
                  + f"  {skipped:.0f} steps skipped" * (skipped > 0), done == args.steps)
-        if self.log:
-            print(f"{done},{loss:.6g},{lr:.6g},{speed:.1f}", file=self.log, flush=True)
+        if args.log and RANK == 0:
+            with open(args.log, "a", encoding="utf-8") as file:
+                if file.tell() == 0:
+                    print("step,loss,learning_rate,images_per_second", file=file)
+                print(f"{done},{loss:.6g},{lr:.6g},{speed:.1f}", file=file)
 
     def save(self):
         """Write --out, which is always whole, the old or the new; another run's file is kept."""
         args, path = self.args, self.args.out
-        if self.rank > 0 or int(self.skipped_in_a_row) == self.done:
+        if RANK > 0 or int(self.skipped_in_a_row) == self.done:
             return
         if not all(torch.isfinite(w).all() for w in self.weights):
             raise ValueError("the weights are not finite, and not saved. Try a lower --lr")
         if os.path.exists(path) and os.stat(path).st_mtime_ns != self.own_file:
             data.keep_older(path)
-        training = {"model": self.network.state_dict(), "scaler": self.scaler.state_dict(),
-                    "optimizers": [each.state_dict()["state"] for each in self.optimizers],
-                    "importance": self.importance.losses}
-        settings = {k: v for k, v in vars(args).items() if k not in NOT_KEPT}
-        checkpoint = {"format": FORMAT, "settings": settings, "source": self.source,
-                      "shape": self.shape, "classes": self.classes, "step": self.done,
-                      "ema": self.average.state_dict()}
+        checkpoint = {
+            "format": FORMAT, "shape": self.shape, "classes": self.classes, "source": self.source,
+            "settings": {k: v for k, v in vars(args).items() if k not in NOT_KEPT},
+            "step": self.done, "ema": self.average.state_dict()}
+        if not args.slim:
+            checkpoint["training"] = {
+                "model": self.network.state_dict(), "scaler": self.scaler.state_dict(),
+                "optimizers": [each.state_dict()["state"] for each in self.optimizers],
+                "importance": self.importance.losses}
         with data.atomic(path) as file:
-            torch.save(checkpoint if args.slim else {**checkpoint, "training": training}, file)
+            torch.save(checkpoint, file)
         self.own_file = os.stat(path).st_mtime_ns
         if args.preview:
             y = torch.arange(16, device=self.device) % len(self.classes)
@@ -422,19 +381,6 @@ class Run:
 def random_stream(*numbers):
     """A seed of its own for every (seed, step, part)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def open_log(path, step):
-    """A CSV file to append to, without what an interrupted run wrote after `step`."""
-    rows = ["step,loss,learning_rate,images_per_second\n"]
-    if step > 0 and os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            rows += [row for row in file if row[0].isdigit() and int(row.split(",")[0]) <= step]
-    elif os.path.exists(path):
-        data.keep_older(path)
-    with data.atomic(path) as file:
-        file.write("".join(rows).encode())
-    return open(path, "a", encoding="utf-8")
 
 
 def learning_rate(n, steps, peak, warmup):
@@ -473,61 +419,31 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """One step, unless self.found_inf, on the device, is 1, as torch's fused optimisers do."""
         weights, lr = self.param_groups[0]["params"], self.param_groups[0]["lr"]
-        skip = self.found_inf > 0
-        for w in weights:
-            if not self.state[w]:
-                self.state[w]["momentum"] = torch.zeros_like(w)
-        # On a GPU all matrices are one batch, filled up with zeros, which stay zeros: few kernels.
-        for batch in [weights] if lr.is_cuda else [[w] for w in weights]:
-            momenta = [self.state[w]["momentum"] for w in batch]
-            gradients = [torch.where(skip, m, w.grad) for m, w in zip(momenta, batch)]
+        batches = [[w] for w in weights]
+        if lr.is_cuda:                      # matrices of one shape at once: fewer kernels
+            by_shape = itertools.groupby(sorted(weights, key=lambda w: w.shape), lambda w: w.shape)
+            batches = [list(batch) for _, batch in by_shape]
+        for batch in batches:
+            momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in batch]
+            gradients = [torch.where(self.found_inf > 0, m, w.grad) for m, w in zip(momenta, batch)]
             torch._foreach_lerp_(momenta, gradients, 0.05)
-            gradients = torch._foreach_lerp(gradients, momenta, 0.95)       # Nesterov's look ahead
-            matrices = [g.flatten(1) for g in gradients]
-            matrices = [G.T if len(G) > G.shape[1] else G for G in matrices]
-            m, n = (max(G.shape[k] for G in matrices) for k in (0, 1))
-            padded = matrices[0][None]
-            if len(batch) > 1:
-                padded = torch.zeros(len(batch), m, n, device=lr.device)
-                for P, G in zip(padded, matrices):
-                    P[:len(G), :G.shape[1]] = G
-            for w, P, G in zip(batch, orthogonal(padded), matrices):
-                direction = P[:len(G), :G.shape[1]]
-                direction = direction.T if len(w) > w[0].numel() else direction
-                size = torch.where(skip, 0, lr) * 0.2 * math.sqrt(G.shape[1])
+            ahead = torch._foreach_lerp(gradients, momenta, 0.95)           # Nesterov's look ahead
+            directions = orthogonal(torch.stack([G.flatten(1) for G in ahead]))
+            size = torch.where(self.found_inf > 0, 0, lr) * 0.2 * math.sqrt(max(directions[0].shape))
+            for w, direction in zip(batch, directions):
                 w.addcmul_(direction.reshape(w.shape), size, value=-1)
 
 
 def orthogonal(G):
-    """Nearly the orthogonal matrices nearest to G (B, m, n), m <= n: five steps of a polynomial
-    that pushes singular values towards 1 (0.7 to 1.2 come out, less if they are tiny)."""
+    """Nearly the orthogonal matrices nearest to G (B, m, n): five steps of a polynomial that
+    pushes singular values towards 1 (0.7 to 1.2 come out, less if they are tiny)."""
+    if G.shape[1] > G.shape[2]:
+        return orthogonal(G.mT).mT
     G = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):                      # G <- 3.4445 G - 4.7750 A G + 2.0315 A A G
         A = G @ G.mT
         G = torch.baddbmm(G, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), G, beta=3.4445)
     return G
-
-
-class ImportanceSampler:
-    """Draws t with p_t proportional to sqrt(E[L_t^2]), for a less noisy bound (iDDPM Eq. 18), once
-    each t has `history` losses for the mean E. Before, and in 1 draw of 1000, p_t is uniform."""
-
-    def __init__(self, timesteps, history=10):
-        self.losses = torch.full((timesteps, history), -1.0)            # newest first; -1: none yet
-
-    def draw(self, n):
-        """t (n,) in 1..T, and weights (n,) = 1 / (T p_t) that undo the choice in a mean."""
-        p = self.losses.double().square().mean(1).sqrt() + 1e-30
-        p = torch.ones_like(p) if (self.losses < 0).any() else p
-        p = 0.999 * p / p.sum() + 0.001 / len(p)
-        t = torch.multinomial(p, n, replacement=True)
-        return t + 1, (1 / (len(p) * p[t])).float()
-
-    def remember(self, t, loss):
-        """A loss at t, a number, in place of the oldest one there, if it is finite."""
-        if math.isfinite(loss):
-            self.losses[t - 1] = self.losses[t - 1].roll(1)
-            self.losses[t - 1, 0] = max(loss, 0)
 
 
 def read_checkpoint(path):
@@ -589,35 +505,22 @@ def to_device(network, device):
     return network.to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
 
 
-def ranks():
-    """This process's number, how many there are, its number on this machine (from torchrun)."""
-    get = os.environ.get
-    return int(get("RANK", 0)), int(get("WORLD_SIZE", 1)), int(get("LOCAL_RANK", 0))
-
-
 def pick_device(name):
     """The device of that name, tried out, or the best there is; under torchrun, a GPU each."""
-    _, world, local = ranks()
-    mps = torch.backends.mps.is_available() and world == 1
+    mps = torch.backends.mps.is_available() and WORLD == 1
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     with data.named_errors(f"--device {name} does not work here, try --device cpu"):
         device = torch.device(name)
-        if world > 1 and (device.index is not None or device.type == "mps"):
-            raise ValueError("torchrun's processes take a GPU each (cuda) or share the CPU")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", local)
-        torch.zeros(1, device=device).item()
         if device.type == "cuda":
+            device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")      # TF32, as convolutions have it anyway
+        torch.zeros(1, device=device).item()
         return device
 
 
-def pick_dtype(precision, device, settings, shape):
+def pick_dtype(precision, device):
     """What autocast computes in; auto: bf16 where the hardware has units for it, else fp32."""
-    smallest = min(shape[1:]) / (settings.patch * 2 ** (len(settings.multipliers) - 1))
-    if precision == "auto" and device.type == "cpu" and smallest <= 1:
-        precision = "fp32"      # torch's bf16 convolutions give NaN on the way to maps 1 pixel wide
     if precision == "auto":
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         units = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
@@ -626,38 +529,19 @@ def pick_dtype(precision, device, settings, shape):
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def faster_threads(work):
-    """One thread or all, whichever does work() sooner: on a busy machine, often one."""
+def set_threads(number, device, work):
+    """Use so many CPU threads, or if None, one or all, whichever does work() sooner: on a busy
+    machine, often one."""
     def seconds(threads):
         torch.set_num_threads(threads)
         work()
         return timeit.timeit(work, number=4)
 
-    return min({torch.get_num_threads(), 1}, key=seconds)
-
-
-def run_script(main):
-    """Run a script's main. What is wrong with a file, flag or machine is one line, no traceback."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    warnings.filterwarnings("ignore", "Grad strides do not match")          # of 1 x 1 convolutions
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)   # freed, it makes glibc reuse memory: faster
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        reason = str(error)
-        if isinstance(error, MemoryError) or "allocate" in reason:
-            reason = "out of memory. Try a smaller --batch-size, or a smaller network"
-        elif type(error).__module__.startswith("torch._"):
-            reason = f"--compile does not work here: {reason.splitlines()[0]}"
-        elif isinstance(error, RuntimeError):
-            raise
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {reason}")
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    if number is None and device.type == "cpu" and WORLD == 1:
+        number = min({torch.get_num_threads(), 1}, key=seconds)
+    torch.set_num_threads(number or torch.get_num_threads())
+    return number
 
 
 if __name__ == "__main__":
-    run_script(lambda: train(parse_args()))
+    data.run_script(lambda: train(parse_args()))
