@@ -1,6 +1,5 @@
 """Pixels in, pixels out: IDX, CIFAR-10 and .npy files become uint8 tensors, images become pictures.
-No pickle is loaded, no download trusted before its checksum. Whatever is wrong with a file is a
-ValueError that names it."""
+No pickle is loaded, no download trusted before its checksum; a damaged file is a ValueError."""
 import argparse
 import contextlib
 import gzip
@@ -15,6 +14,7 @@ import time
 import urllib.request
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,16 +24,16 @@ import torch
 
 class Dataset(NamedTuple):
     """What a data set is and where it comes from."""
-    classes: tuple       # names of the labels 0, 1, ..
-    mirrors: tuple       # web addresses, but for a file's name and .gz
-    files: dict          # split -> ((name, SHA-256 unzipped or CIFAR-10's MD5), ..)
+    classes: tuple  # names of the labels 0, 1, ..
+    mirrors: tuple  # addresses of the folders on the web
+    files: dict  # split -> ((name, SHA-256 unzipped or CIFAR-10's MD5), ..)
     folders: tuple = ()  # where else to look, relative to --data-dir
-    hint: str = ""       # how else to get it
-    flip: bool = False   # whether a mirrored image is as good
+    hint: str = ""  # how else to get it
+    flip: bool = False  # whether a mirrored image is as good
 
 
 def idx_files(*sha256):
-    """The four files of data sets like MNIST, with their checksums."""
+    """The four files of data sets like MNIST."""
     names = [f"{split}-{content}-ubyte" for split in ("train", "t10k")
              for content in ("images-idx3", "labels-idx1")]
     files = tuple(zip(names, sha256))
@@ -66,63 +66,80 @@ DATASETS = {
         ("https://www.cs.toronto.edu/~kriz/",),
         dict.fromkeys(("train", "test"),
                       (("cifar-10-binary.tar", "c32a1d4ab5d03f1284b67883e8d87530"),)),
-        hint="It must be the binary version, as .tar.gz", flip=True),
+        flip=True),
 }
 EXCERPT = Path(__file__).parent / "assets"  # a tenth of Fashion-MNIST (MIT licence, Zalando SE)
-TIMEOUT = 5             # seconds that a server may be silent
-LARGEST_SIDE = 2**14    # pixels
+TIMEOUT = 5  # seconds that a server may be silent
 IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
-_unreachable: set = set()   # mirrors that failed are not tried again
+RANK = int(os.environ.get("RANK", "0"))  # torchrun says which process this is,
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # of how many,
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # and which on this machine
+_unreachable: set = set()  # mirrors that failed: not tried again
+_printed = [-math.inf]  # when progress last did
 
 
 def load_dataset(name, split="train", root="data"):
-    """-> images uint8 (N, C, H, W), labels int64 (N,) in 0..K-1. name is one of DATASETS, or an IDX
-    file or an .npy of uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3, and `companions`.
-    ValueError says what to do."""
+    """-> images uint8 (N, C, H, W), labels int64 (N,) in 0..K-1. name is one of DATASETS, an IDX
+    file, or an .npy of uint8 (N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3, with its
+    `companions`. ValueError says what to do."""
     return load_with_classes(name, split, root)[:2]
 
 
 def load_with_classes(name, split="train", root="data", only=None):
-    """load_dataset's images and labels, and the names of the K classes; `only` those of a class."""
+    """load_dataset's images and labels (`only` of one class), and the names of the K classes."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
     if name in DATASETS:
-        classes, files = DATASETS[name].classes, DATASETS[name].files[split]
+        images, labels = load_known(name, split, root)
+        classes = DATASETS[name].classes
         known = np.arange(len(classes))
-        if name == "cifar10":
-            images, labels = find_file(
-                name, *files[0], root, lambda path, md5: read_cifar10(path, split, md5))
-        else:
-            images, labels = find_idx(name, files, root)
     else:
         images, labels, known = load_file(Path(name).expanduser(), split)
         classes = tuple(map(str, known))
     images = as_images(images, name)
     labels = labels.squeeze(1) if labels.shape[1:] == (1,) else labels
     if labels.shape != (len(images),) or labels.dtype.kind not in "iubUS":
-        raise ValueError(f"{name} has labels {labels.dtype} of shape {labels.shape}: save "
+        raise ValueError(f"{name} has {labels.dtype} labels of shape {labels.shape}: save "
                          f"{len(images)} integers or strings")
-    if (unknown := np.setdiff1d(labels, known)).size:
-        raise ValueError(f"{name} has labels {unknown[:9]}, not among {known[:99]}")
+    if not np.isin(labels, known).all():
+        raise ValueError(f"{name} ({split}) has labels that are not among {known[:99]}")
     labels = torch.from_numpy(np.searchsorted(known, labels))
     if only is not None:
         chosen = labels == find_label(only, classes)
-        if not chosen.any():
-            raise ValueError(f"{name} ({split}) has no image of {only!r}")
         images, labels = images[chosen], labels[chosen]
+        if len(images) == 0:
+            raise ValueError(f"{name} ({split}) has no image of {only!r}")
     return images, labels, classes
 
 
+def load_known(name, split, root):
+    """Images and labels of one of DATASETS, or else of the tenth of Fashion-MNIST in assets/."""
+    files = DATASETS[name].files[split]
+    if name == "cifar10":
+        filename, md5 = files[0]
+        return find_file(name, filename, root, partial(read_cifar10, split=split, md5=md5))
+    try:
+        return [find_file(name, filename, root, partial(read_idx, sha256=sha256))
+                for filename, sha256 in files]
+    except ValueError:
+        excerpt = EXCERPT / "train-images-idx3-ubyte.gz"
+        if name != "fashion-mnist" or not excerpt.is_file():
+            raise
+    progress("using the tenth of Fashion-MNIST in assets/. For all of it put four .gz into "
+             f"{Path(root, name)}. {DATASETS[name].hint}", final=True)
+    return load_file(excerpt, split)[:2]
+
+
 def load_file(path, split):
-    """Arrays from one's own file: images, labels, and the values that labels can have."""
+    """Images and labels of one's own file, and the values that labels can have."""
     if not companions(path) or not path.is_file():
-        raise ValueError(f"there is no data set {path}: give --dataset {', '.join(DATASETS)}, a "
-                         'FILE.npy or an IDX file (see "Your own pictures" in README.md)')
+        raise ValueError(f"no data set {path}: give {', '.join(DATASETS)}, a FILE.npy or an IDX "
+                         'file (README.md, "Your own pictures")')
     read = read_npy if path.suffix.lower() == ".npy" else read_idx
     labels, test, test_labels = companions(path)
-    has_labels = labels.is_file() and labels != path
+    has_labels, has_test = (file.is_file() and file != path for file in (labels, test))
     known = np.unique(read(labels)) if has_labels else np.zeros(1, np.int64)
-    if split == "test" and test.is_file() and test != path:
+    if split == "test" and has_test:
         path, labels = test, test_labels
     elif split == "test":
         progress(f"{path} is its own test split: none is beside it", final=True)
@@ -148,39 +165,37 @@ def as_images(array, where):
     """An array as (N, C, H, W), not copied. ValueError says what to save instead."""
     shape, ndim = array.shape, array.ndim
     first, last = (ndim == 4 and shape[axis] in (1, 3) for axis in (1, 3))
-    if array.dtype != np.uint8:
-        whole = array.dtype.kind in "iub"
-        instead = ("x.astype(np.uint8)" if whole and array[:1000].max() < 256 else
-                   "(255.0 * x / x.max()).astype(np.uint8)" if whole else
-                   "(255 * x).round().astype(np.uint8) of x in 0..1")
-    elif ndim == 2:
-        instead = "x.reshape(-1, H, W)"
-    elif ndim == 3 and (shape[0] == 3 or shape[2] <= 4):
-        instead = "x[None] of one colour picture, x[..., None] of grey ones"
-    elif first and last:
-        instead = "x.transpose(0, 2, 3, 1) if channels come first, x.transpose(0, 3, 1, 2) if last"
-    elif not (ndim == 3 or first or last) or array.size == 0 or max(shape[1:]) > LARGEST_SIDE:
-        instead = f"(N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3, H, W <= {LARGEST_SIDE}"
-    else:
-        if (brightest := array[:1000].max()) < 32:
-            progress(f"warning: no pixel of {where} is above {brightest} of 255", final=True)
-        images = torch.from_numpy(array[:, None] if ndim == 3 else array)
-        return images.permute(0, 3, 1, 2) if last else images
-    raise ValueError(f"{where} has {array.dtype} of shape {shape}: save {instead}")
+    for wrong, instead in (
+            (array.dtype != np.uint8,
+             ("x.astype(np.uint8) of 0..255, (255 * x).round().astype(np.uint8) of 0..1, "
+              "(255.0 * x / x.max()).astype(np.uint8) of more")),
+            (ndim == 2, "x.reshape(-1, H, W)"),
+            (ndim == 3 and (shape[0] == 3 or shape[2] <= 4),
+             "x[None] of one colour picture, x[..., None] of grey ones"),
+            (first and last, "x.transpose(0, 2, 3, 1) or, if channels are last, (0, 3, 1, 2)"),
+            (not (ndim == 3 or first or last) or array.size == 0,
+             "(N, H, W), (N, H, W, C) or (N, C, H, W), C = 1 or 3")):
+        if wrong:
+            raise ValueError(f"{where} has {array.dtype} of shape {shape}: save {instead}")
+    if (brightest := array[:1000].max()) < 32:
+        progress(f"warning: no pixel of {where} is above {brightest} of 255", final=True)
+    images = torch.from_numpy(array[:, None] if ndim == 3 else array)
+    return images.permute(0, 3, 1, 2) if last else images
 
 
 def find_label(text, classes):
-    """The index of a class, from its name, its index if names are not numbers, or any case."""
-    indices = map(str, () if any(map(str.isdecimal, classes)) else range(len(classes)))
-    names = [*classes, *indices, *map(str.lower, classes)]
-    wanted = text if text in names else text.lower()
-    if wanted not in names:
-        raise ValueError(f"no label {text!r}: use one of {', '.join(classes[:99])}")
-    return names.index(wanted) % len(classes)
+    """The index of a class, from its name in any case or, if no name is a number, its index."""
+    names = [*classes, *map(str.lower, classes)]
+    if not any(map(str.isdecimal, classes)):
+        names += map(str, range(len(classes)))
+    for wanted in (text, text.lower()):
+        if wanted in names:
+            return names.index(wanted) % len(classes)
+    raise ValueError(f"no label {text!r}: use one of {', '.join(classes[:99])}")
 
 
 def fingerprint(images, labels):
-    """A short text that tells data sets apart, wherever their files are."""
+    """A short text that tells data sets apart, wherever they are."""
     some = images[torch.linspace(0, len(images) - 1, min(len(images), 1000)).long()]
     content = some.numpy().tobytes() + labels.numpy().tobytes()
     return hashlib.sha256(f"{tuple(images.shape)}".encode() + content).hexdigest()[:16]
@@ -188,7 +203,7 @@ def fingerprint(images, labels):
 
 @contextlib.contextmanager
 def named_errors(path):
-    """Errors, but for the disk's own, become a ValueError about `path`."""
+    """Errors become a ValueError about `path`, unless the system names a file."""
     try:
         yield
     except Exception as error:
@@ -199,17 +214,17 @@ def named_errors(path):
 
 
 def read_idx(path, sha256=None):
-    """An IDX file, gzipped or not -> ndarray. It has two zero bytes, a type, the number of
-    dimensions, each in 4 bytes, and the values, big-endian; sha256 is of all this."""
+    """An IDX file, gzipped or not -> ndarray. ValueError if it is damaged. It has two zero bytes,
+    a type, the number of dimensions, their sizes and the values, big-endian: sha256 is of that."""
     with named_errors(path), open(path, "rb") as raw:
         file = gzip.GzipFile(fileobj=raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw
         head = file.read(4)
-        if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in IDX_TYPES:
+        if head[:2] != b"\0\0" or head[2] not in IDX_TYPES:
             raise ValueError(f"not an IDX file, it starts with {head!r}")
         sizes = file.read(4 * head[3])
         shape, dtype = struct.unpack(f">{head[3]}I", sizes), np.dtype(IDX_TYPES[head[2]])
         size = math.prod(shape) * dtype.itemsize
-        possible = min(2**31, 1100 * os.path.getsize(path))     # gzip shrinks by 1032 at best
+        possible = min(2**31, 1100 * os.path.getsize(path))  # gzip shrinks by 1032 at best
         if size > possible or len(values := file.read(size + 1)) != size:
             raise ValueError(f"not the {size:,} bytes that its header announces")
         if sha256 and hashlib.sha256(head + sizes + values).hexdigest() != sha256:
@@ -219,40 +234,37 @@ def read_idx(path, sha256=None):
 
 def read_cifar10(path, split="train", md5=None):
     """CIFAR-10's binary archive, not unpacked -> images (N, 3, 32, 32), labels (N,), uint8."""
-    names = ["test_batch.bin"] if split == "test" else [f"data_batch_{k}.bin" for k in range(1, 6)]
+    names = ["test_batch"] if split == "test" else [f"data_batch_{k}" for k in range(1, 6)]
     with named_errors(path), open(path, "rb") as file:
         if md5 and hashlib.md5(file.read(2**28), usedforsecurity=False).hexdigest() != md5:
             raise ValueError("wrong checksum (MD5)")
         with tarfile.open(path) as archive:
-            batches = {Path(member.name).name: archive.extractfile(member).read(2**25)
-                       for member in archive if member.isreg()}
-        if any(len(batches.get(name, "?")) % 3073 for name in names):
-            raise ValueError(f"no good {', '.join(names)}")
-        content = bytearray().join(batches[name] for name in names)
-        records = np.frombuffer(content, np.uint8).reshape(-1, 3073)    # label, pixels
+            files = [archive.extractfile(f"cifar-10-batches-bin/{name}.bin") for name in names]
+            content = bytearray().join(file.read(2**25) for file in files)
+        records = np.frombuffer(content, np.uint8).reshape(-1, 3073)  # label, pixels
         return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
 def read_npy(path):
-    """An .npy array, mapped, so that a header cannot ask for more than there is."""
+    """An .npy array, mapped, so that a header cannot ask for more than there is. No objects."""
     with named_errors(path), open(path, "rb") as file:
         if b"'|O'" in file.read(128):
             raise ValueError("holds objects: images of different sizes, or text that is no str?")
         return np.asarray(np.lib.format.open_memmap(path, mode="c"))
 
 
-def find_file(name, filename, checksum, root, read):
-    """read(path, checksum) of a file's first good copy, on the disk or the web."""
-    dataset, dotted = DATASETS[name], filename.replace("-idx", ".idx")
+def find_file(name, filename, root, read):
+    """read(path) of a file's first good copy, on the disk or the web."""
+    dataset = DATASETS[name]
     folders = [Path(root, folder) for folder in (name, "", *dataset.folders)]
-    paths = [folder / each for folder in folders
-             for each in (f"{filename}.gz", filename, f"{dotted}.gz", dotted)]
-    for place in [*paths, *dataset.mirrors]:
+    found = [path for folder in folders for end in (".gz", "")
+             for path in folder.glob(filename.replace("-idx", "?idx") + end)]  # some have .idx
+    for place in [*found, *dataset.mirrors]:
         try:
-            if place in paths and place.is_file():
-                return read(place, checksum)
-            if place in dataset.mirrors and place not in _unreachable:
-                return fetch(f"{place}{filename}.gz", paths[0], lambda path: read(path, checksum))
+            if place in found:
+                return read(place)
+            if place not in _unreachable:
+                return fetch(f"{place}{filename}.gz", folders[0] / f"{filename}.gz", read)
         except (OSError, ValueError) as error:
             progress(f"not used: {error}", final=True)
             _unreachable.add(place)
@@ -261,26 +273,11 @@ def find_file(name, filename, checksum, root, read):
                      f"folder with --data-dir. {dataset.hint}")
 
 
-def find_idx(name, files, root):
-    """Arrays of IDX files; of Fashion-MNIST, if they are nowhere, the tenth in assets/."""
-    try:
-        return [find_file(name, *file, root, read_idx) for file in files]
-    except ValueError:
-        if name != "fashion-mnist" or not (EXCERPT / f"{files[0][0]}.gz").is_file():
-            raise
-        progress("using the tenth of Fashion-MNIST in assets/, enough for a training of minutes. "
-                 f"For all of it put four .gz into {Path(root, name)}. {DATASETS[name].hint}", True)
-        return [read_idx(EXCERPT / f"{filename}.gz") for filename, _ in files]
-
-
-def fetch(url, path, read, limit=2**28):
+def fetch(url, path, read):
     """Download url to `path` -> read(file). It gets there only if `read` accepts it."""
-    with named_errors(url):
-        content = bytearray()
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            while len(content) < limit and (piece := response.read1(2**18)):
-                content += piece
-                progress(f"{url} to {path}: {len(content) / 1e6:.1f} MB")
+    progress(f"downloading {url} to {path}", final=True)
+    with named_errors(url), urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        content = response.read(2**28)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:
             file.write(content)
@@ -311,7 +308,8 @@ class Parser(argparse.ArgumentParser):
             elif "action" not in options:
                 types = {int: positive_integer, float: float}
                 options.setdefault("type", types.get(type(default), os.path.expanduser))
-            help += f" (default: {default})" if type(default) in (int, float, str) else ""
+            if type(default) in (int, float, str):
+                help += f" (default: {default})"
             group.add_argument(name, default=default, help=help, **options)
 
         return flag
@@ -324,14 +322,14 @@ def positive_integer(text):
 
 
 def positive_integers(text):
-    return tuple(positive_integer(part) for part in text.split(","))
+    return tuple(map(positive_integer, text.split(",")))
 
 
 def run_script(main):
     """Run a script's main. What is wrong with a file, flag or machine is one line, no traceback."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    warnings.filterwarnings("ignore", "Grad strides do not match")          # of 1 x 1 convolutions
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)   # freed, it makes glibc reuse memory: faster
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1 x 1 convolutions
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed, it makes glibc reuse memory: faster
     try:
         main()
     except KeyboardInterrupt:
@@ -339,7 +337,7 @@ def run_script(main):
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error)
         if isinstance(error, MemoryError) or "allocate" in reason:
-            reason = "out of memory. Try a smaller --batch-size, or a smaller network"
+            reason = "out of memory: try a smaller --batch-size or network"
         elif type(error).__module__.startswith("torch._"):
             reason = f"--compile does not work here: {reason.splitlines()[0]}"
         elif isinstance(error, RuntimeError):
@@ -351,35 +349,31 @@ def run_script(main):
 
 
 def progress(text, final=False):
-    """A line that is written over in a terminal, one in ten seconds in a log; a final one stays."""
+    """Print a line, from the first process. Unless it is final, the next one replaces it in a
+    terminal, and a log gets one in ten seconds."""
     terminal = sys.stdout and sys.stdout.isatty()
-    if not final and time.monotonic() - progress.last < (0.1 if terminal else 10):
-        return
-    progress.last = time.monotonic()
-    if terminal:
-        width = shutil.get_terminal_size().columns - 1
-        text = (text if final else text[:width]).ljust(width)
-    with contextlib.suppress(OSError):  # nobody listens any more
-        print(text, end="\r" if terminal and not final else "\n", flush=True)
-
-
-progress.last = 0.0  # type: ignore[attr-defined]
+    if RANK == 0 and (final or time.monotonic() > _printed[0] + (0.1 if terminal else 10)):
+        _printed[0] = time.monotonic()
+        end = "\r" if terminal and not final else "\n"
+        with contextlib.suppress(OSError):  # nobody listens any more
+            print(text, end="\033[K" * terminal + end, flush=True)
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """A file to write to. It gets its name when all is written; an older one has it until then."""
-    target, part = os.path.realpath(path), f".{os.getpid()}.part"       # a link stays a link
+    """A file to write to. It gets its name when all is written, and not before."""
+    target = os.path.realpath(path)  # a link stays a link
+    part = f"{target}.{os.getpid()}.part"
     try:
-        with open(target + part, "wb") as file:
+        with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(target + part, target)
+        os.replace(part, target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        Path(target + part).unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
 
 
 def keep_older(path):
@@ -393,25 +387,24 @@ def keep_older(path):
 
 def check_outputs(outputs, inputs):
     """ValueError, before any work, for an output that cannot be written or is used twice."""
-    def real(*paths):   # A.png and a.png may be one file
-        return {os.path.realpath(path).casefold() for path in paths}
+    def files(path):  # A.png and a.png may be one
+        return {os.path.realpath(file).casefold() for file in (path, *companions(path))}
 
-    taken = set().union(*(real(path, *companions(path)) for path in inputs if path))
+    taken = set().union(*map(files, filter(None, inputs)))
     for path in filter(None, outputs):
-        written, old = real(path, *companions(path)[:1]), os.path.exists(path)
-        if written & taken:
+        if files(path) & taken:
             raise ValueError(f"{path} (or its labels) is used twice: choose another name")
-        taken |= written
+        taken |= files(path)
         folder = os.path.dirname(os.path.realpath(path))
-        if not os.access(folder, os.W_OK) or (old and not os.path.isfile(path)):
-            raise ValueError(f"{path} cannot be written: no such folder, no right to, or no file")
+        if not os.access(folder, os.W_OK) or (os.path.exists(path) and not os.path.isfile(path)):
+            raise ValueError(f"{path} cannot be written: no folder, no right, or no file")
 
 
 def check_suffix(path, allowed):
     """A file name's suffix in small letters. ValueError unless it is one of `allowed`."""
     suffix = Path(path).suffix.lower()
     if suffix not in allowed:
-        raise ValueError(f"{path}: the file name must end in {' or '.join(allowed)}")
+        raise ValueError(f"{path} must end in {' or '.join(allowed)}")
     return suffix
 
 
@@ -429,15 +422,17 @@ def grid(images, columns=None, gap=2, zoom=1):
     """Images (N, C, H, W) -> one picture (h, w, C) uint8, row by row, `gap` white pixels apart."""
     if (N := len(images)) == 0:
         raise ValueError("no images to draw")
-    columns = min(columns or math.ceil(math.sqrt(N)), N)
-    rows = math.ceil(N / columns)
     images = images if images.dtype == torch.uint8 else to_pixels(images)
     cells = images.cpu().permute(0, 2, 3, 1).numpy().repeat(zoom, 1).repeat(zoom, 2)
-    margins = ((0, rows * columns - N), (0, gap), (0, gap), (0, 0))
-    cells = np.pad(cells, margins, constant_values=255 if gap else 0)
+    columns = min(columns or math.ceil(math.sqrt(N)), N)
     _, H, W, C = cells.shape
-    picture = cells.reshape(rows, columns, H, W, C).swapaxes(1, 2).reshape(rows * H, columns * W, C)
-    return picture[:rows * H - gap, :columns * W - gap]
+    h, w = H + gap, W + gap
+    size = (math.ceil(N / columns) * h - gap, columns * w - gap, C)
+    picture = np.full(size, 255 if gap else 0, np.uint8)
+    for k, cell in enumerate(cells):
+        top, left = k // columns * h, k % columns * w
+        picture[top:top + H, left:left + W] = cell
+    return picture
 
 
 def save_image(path, images, columns=None, gap=2, zoom=1):
@@ -447,38 +442,36 @@ def save_image(path, images, columns=None, gap=2, zoom=1):
     picture = grid(images, columns, gap, zoom)
     H, W, C = picture.shape
     if C not in (1, 3) or (suffix == ".pgm" and C == 3):
-        raise ValueError(f"{path} cannot have {C} channels: .pgm has 1, .ppm and .png 1 or 3")
-    if suffix == ".ppm":
-        picture = picture.repeat(3 // C, 2)
-    header = f"P{6 if suffix == '.ppm' else 5}\n{W} {H}\n255\n".encode()
+        raise ValueError(f"{path} cannot have {C} channels")
+    kind, pixels = ("P6", picture.repeat(3 // C, 2)) if suffix == ".ppm" else ("P5", picture)
+    parts = (f"{kind}\n{W} {H}\n255\n".encode(), pixels.tobytes())
     with atomic(path) as file:
-        file.write(png([picture]) if suffix == ".png" else header + picture.tobytes())
+        file.writelines(png([picture]) if suffix == ".png" else parts)
 
 
-def save_movie(path, frames, columns=None, gap=2, zoom=1, seconds=4.0, hold=2.0):
-    """Frames, each (N, C, H, W), as an animated PNG of `seconds`; the last is held longer."""
+def save_movie(path, frames, columns=None, gap=2, zoom=1):
+    """Frames, each (N, C, H, W), as an animated .png of 6 seconds, the last 2 the final frame."""
     check_suffix(path, (".png",))
-    pictures = [grid(frame, columns, gap, zoom) for frame in frames]
     with atomic(path) as file:
-        file.write(png(pictures, seconds / len(pictures), hold))
+        file.writelines(png([grid(frame, columns, gap, zoom) for frame in frames]))
 
 
-def png(pictures, delay=0.0, hold=0.0):
-    """Pictures (H, W, 1 or 3) uint8 as the bytes of a PNG; several make an animation (APNG)."""
-    H, W, C = pictures[0].shape
-    chunks = [(b"IHDR", struct.pack(">2I5B", W, H, 8, 0 if C == 1 else 2, 0, 0, 0))]
-    if len(pictures) > 1:
-        chunks.append((b"acTL", struct.pack(">2I", len(pictures), 0)))  # 0: for ever
+def png(pictures):
+    """Pictures (H, W, 1 or 3) uint8 -> the chunks of a PNG; several make an animation (APNG)."""
+    def chunk(kind, layout, *numbers, data=b""):
+        body = kind + struct.pack(">" + layout, *numbers) + data
+        return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+    N, (H, W, C) = len(pictures), pictures[0].shape
+    yield b"\x89PNG\r\n\x1a\n"
+    yield chunk(b"IHDR", "2I5B", W, H, 8, 0 if C == 1 else 2, 0, 0, 0)
+    if N > 1:
+        yield chunk(b"acTL", "2I", N, 0)  # 0: for ever
     for k, picture in enumerate(pictures):
         rows = np.pad(picture.reshape(H, W * C), ((0, 0), (1, 0)))  # filter 0 before each row
-        body = zlib.compress(rows.tobytes(), 9)
-        if len(pictures) > 1:
-            wait = delay + (hold if k == len(pictures) - 1 else 0)
-            frame = (max(2 * k - 1, 0), W, H, 0, 0, round(1000 * wait), 1000, 0, 0)
-            chunks.append((b"fcTL", struct.pack(">5I2H2B", *frame)))
-        chunks.append((b"fdAT", struct.pack(">I", 2 * k) + body) if k > 0 else (b"IDAT", body))
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, body in [*chunks, (b"IEND", b"")]:
-        checksum = zlib.crc32(kind + body)
-        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
-    return content
+        data = zlib.compress(rows.tobytes(), 9)
+        if N > 1:
+            wait = round(1000 * (4 / N + (2 if k == N - 1 else 0)))  # milliseconds
+            yield chunk(b"fcTL", "5I2H2B", max(2 * k - 1, 0), W, H, 0, 0, wait, 1000, 0, 0)
+        yield chunk(b"fdAT", "I", 2 * k, data=data) if k else chunk(b"IDAT", "", data=data)
+    yield chunk(b"IEND", "")
