@@ -98,11 +98,10 @@ def load_with_classes(name, split="train", root="data", only=None):
         classes = tuple(map(str, known))
     images = as_images(images, name)
     labels = labels.squeeze(1) if labels.shape[1:] == (1,) else labels
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iubUS":
-        raise ValueError(f"{name} has {labels.dtype} labels of shape {labels.shape}: save "
-                         f"{len(images)} integers or strings")
-    if not np.isin(labels, known).all():
-        raise ValueError(f"{name} ({split}) has labels that are not among {known[:99]}")
+    good = labels.shape == (len(images),) and labels.dtype.kind in "iubUS"
+    if not good or not np.isin(labels, known).all():
+        raise ValueError(f"{name} ({split}) has {labels.dtype} labels of shape {labels.shape}, not "
+                         f"{len(images)} whole numbers or strings of {known[:99]}")
     labels = torch.from_numpy(np.searchsorted(known, labels))
     if only is not None:
         chosen = labels == find_label(only, classes)
@@ -184,18 +183,16 @@ def as_images(array, where):
 
 
 def find_label(text, classes):
-    """The index of a class, from its name in any case or, if no name is a number, its index."""
-    names = [*classes, *map(str.lower, classes)]
-    if not any(map(str.isdecimal, classes)):
-        names += map(str, range(len(classes)))
-    for wanted in (text, text.lower()):
-        if wanted in names:
-            return names.index(wanted) % len(classes)
-    raise ValueError(f"no label {text!r}: use one of {', '.join(classes[:99])}")
+    """The index of a class, from its name in any case or, if no name is a number, an index."""
+    indices = () if any(map(str.isdecimal, classes)) else map(str, range(len(classes)))
+    names = [*classes, *indices, *map(str.lower, classes)]
+    if text not in names and (text := text.lower()) not in names:
+        raise ValueError(f"no label {text!r}: use one of {', '.join(classes[:99])}")
+    return names.index(text) % len(classes)
 
 
 def fingerprint(images, labels):
-    """A short text that tells data sets apart, wherever they are."""
+    """A text that tells data sets apart, wherever they are."""
     some = images[torch.linspace(0, len(images) - 1, min(len(images), 1000)).long()]
     content = some.numpy().tobytes() + labels.numpy().tobytes()
     return hashlib.sha256(f"{tuple(images.shape)}".encode() + content).hexdigest()[:16]
@@ -203,14 +200,12 @@ def fingerprint(images, labels):
 
 @contextlib.contextmanager
 def named_errors(path):
-    """Errors become a ValueError about `path`, unless the system names a file."""
+    """Errors become a ValueError about `path`."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno and error.filename:
-            raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: {reason[:200]}") from None
+        raise ValueError(f"{path}: {reason[:200]}") from error
 
 
 def read_idx(path, sha256=None):
@@ -326,9 +321,8 @@ def positive_integers(text):
 
 
 def run_script(main):
-    """Run a script's main. What is wrong with a file, flag or machine is one line, no traceback."""
+    """Run a script's main. What a person can mend is one line, no traceback."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1 x 1 convolutions
     torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed, it makes glibc reuse memory: faster
     try:
         main()
@@ -344,13 +338,13 @@ def run_script(main):
             raise
         sys.exit(f"{os.path.basename(sys.argv[0])}: {reason}")
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if WORLD > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 def progress(text, final=False):
-    """Print a line, from the first process. Unless it is final, the next one replaces it in a
-    terminal, and a log gets one in ten seconds."""
+    """Print a line, in process 0. If not final, the next replaces it in a terminal, and a log gets
+    one in ten seconds."""
     terminal = sys.stdout and sys.stdout.isatty()
     if RANK == 0 and (final or time.monotonic() > _printed[0] + (0.1 if terminal else 10)):
         _printed[0] = time.monotonic()
@@ -386,7 +380,7 @@ def keep_older(path):
 
 
 def check_outputs(outputs, inputs):
-    """ValueError, before any work, for an output that cannot be written or is used twice."""
+    """ValueError for an output that cannot be written or is used twice."""
     def files(path):  # A.png and a.png may be one
         return {os.path.realpath(file).casefold() for file in (path, *companions(path))}
 
@@ -401,7 +395,7 @@ def check_outputs(outputs, inputs):
 
 
 def check_suffix(path, allowed):
-    """A file name's suffix in small letters. ValueError unless it is one of `allowed`."""
+    """A file's suffix in small letters. ValueError if it is not one of `allowed`."""
     suffix = Path(path).suffix.lower()
     if suffix not in allowed:
         raise ValueError(f"{path} must end in {' or '.join(allowed)}")
@@ -449,11 +443,11 @@ def save_image(path, images, columns=None, gap=2, zoom=1):
         file.writelines(png([picture]) if suffix == ".png" else parts)
 
 
-def save_movie(path, frames, columns=None, gap=2, zoom=1):
+def save_movie(path, frames, columns=None, zoom=1):
     """Frames, each (N, C, H, W), as an animated .png of 6 seconds, the last 2 the final frame."""
     check_suffix(path, (".png",))
     with atomic(path) as file:
-        file.writelines(png([grid(frame, columns, gap, zoom) for frame in frames]))
+        file.writelines(png([grid(frame, columns, zoom=zoom) for frame in frames]))
 
 
 def png(pictures):

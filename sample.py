@@ -3,11 +3,9 @@
     python sample.py
     python sample.py --checkpoint assets/fashion-mnist.pt --label Sandal --guidance 3
     python sample.py --sampler ddim --steps 20 --n 2000 --out s.npy --score
-    torchrun --nproc-per-node=8 -- sample.py --n 10000 --out s.npy
 """
 import math
 import time
-from argparse import BooleanOptionalAction
 
 import numpy as np
 import torch
@@ -36,18 +34,18 @@ def parse_args(argv=None):
     flag("--sampler", "ddpm", "ddpm: Algorithm 2", choices=("ddpm", "ddim"))
     flag("--steps", None, "network calls (default: T; ddim: 50)", type=count)
     flag("--eta", 0.0, "noise of ddim; 1: ddpm's")
-    flag("--clip", True, "hold x_0 in [-1, 1] as Ho's code (default)", action=BooleanOptionalAction)
+    flag("--no-clip", False, "let x_0 leave [-1, 1], as Algorithm 2 does")
     flag("--batch-size", 256, "images at a time")
-    flag("--precision", "auto", "see train.py", choices=("auto", "fp32", "bf16", "fp16"))
-    flag("--device", None, "cpu, cuda, cuda:1 or mps (default: the best)")
-    flag("--threads", None, "of the CPU (default: one or all, the faster)", type=count)
+    flag("--precision", "auto", "see train.py", choices=("auto", *train.DTYPES))
+    flag("--device", None, "see train.py")
+    flag("--threads", None, "see train.py", type=count)
     flag = parser.section("output")
     flag("--out", None, "picture or .npy (default: samples.pgm or .ppm, and .png)")
     flag("--columns", None, "of the grid (default: as rows, or as classes)", type=count)
     flag("--zoom", None, "of pixels (default: to about 64 an image)", type=count)
     flag("--trajectory", None, "8 images and predicted x_0 on the way (Figure 6)")
     flag("--movie", None, "the way as an animated .png")
-    flag("--score", None, "Frechet distance by a classifier (default: assets/)", nargs="?",
+    flag("--score", None, "Frechet distance, by a classifier (assets/)", nargs="?",
          const=f"{data.EXCERPT}/classifier.pt")
     flag("--nearest", None, "10 samples and the 5 nearest training images")
     flag = parser.section("instead of samples, of test images")
@@ -95,7 +93,7 @@ def draw(args, network, classifier, diffusion, shape, labels):
 def chain(args, diffusion, model, x_T, noise):
     """Yields (t, x_t, predicted x_0) from x_T down to x_0."""
     yield "T", x_T, torch.zeros_like(x_T)
-    shape, clip = x_T.shape, args.clip
+    shape, clip = x_T.shape, not args.no_clip
     if args.sampler == "ddim":
         yield from diffusion.ddim_steps(model, shape, args.steps, args.eta, x_T, clip, noise)
     else:
@@ -189,21 +187,23 @@ def save_rows(args, path, rows):
 
 def load_data(args, checkpoint, split):
     """The checkpoint's data (of --label): images, labels. ValueError if they have changed."""
-    source, only, name = checkpoint["source"], checkpoint["settings"]["only"], args.dataset
-    images, labels, classes = data.load_with_classes(name, split, args.data_dir, only)
+    images, labels, classes = data.load_with_classes(
+        args.dataset, split, args.data_dir, checkpoint["settings"]["only"])
     same = (images.shape[1:], classes) == (checkpoint["shape"], checkpoint["classes"])
-    if split == "train" and data.fingerprint(images, labels) != source["fingerprint"] or not same:
-        raise ValueError(f"{args.checkpoint} was trained on other data than {name}: see --dataset")
+    if split == "train":
+        same = data.fingerprint(images, labels) == checkpoint["source"]["fingerprint"]
+    if not same:
+        raise ValueError(f"{args.checkpoint} was trained on other data: see --dataset")
     if args.label is not None:
         chosen = labels == data.find_label(args.label, classes)
         images, labels = images[chosen], labels[chosen]
     if len(images) < 2:
-        raise ValueError(f"{name} ({split}) has fewer than two such images")
+        raise ValueError(f"{args.dataset} ({split}) has fewer than two such images")
     return images, labels
 
 
 def other_pictures(args, network, diffusion, checkpoint):
-    """--evaluate, --forward, --reconstruct and --interpolate, of test images."""
+    """--evaluate, --forward, --reconstruct, --interpolate, of test images."""
     images, labels = load_data(args, checkpoint, "test")
     if args.evaluate:
         evaluate(args, network, diffusion, checkpoint, images[:args.n], labels[:args.n])
@@ -220,22 +220,22 @@ def other_pictures(args, network, diffusion, checkpoint):
         y, steps = labels[:10].to(args.device), args.steps or min(100, T)
         model = lambda x_t, t: network(x_t, t, y if network.num_classes else None)
         x_T = diffusion.ddim_invert(model, x_0, steps)
-        again = diffusion.ddim_sample(model, x_0.shape, steps, 0, x_T, args.clip)
+        again = diffusion.ddim_sample(model, x_0.shape, steps, 0, x_T, not args.no_clip)
         error = 127.5 * (again - x_0).square().mean().sqrt()
         print(f"RMS error of {steps} steps: {error:.2f} of 255")
         save_rows(args, args.reconstruct, torch.stack([x_0, x_T, again], 1))
     if args.interpolate:
         if network.num_classes and checkpoint["settings"]["label_dropout"] == 0:
-            raise ValueError("--interpolate has no labels: use a checkpoint with --label-dropout")
+            raise ValueError("--interpolate has no labels: train with --label-dropout")
         (a, b), weights, rows = x_0[:2], torch.linspace(0, 1, 9), []
         for t in (T // 4, T // 2, 3 * T // 4, T):
-            mixed = diffusion.interpolate(network, a, b, weights, max(t, 1), args.clip)
+            mixed = diffusion.interpolate(network, a, b, weights, max(t, 1), not args.no_clip)
             rows.append(torch.stack([a, *mixed, b]))
         save_rows(args, args.interpolate, torch.stack(rows))
 
 
 def draw_nearest(args, pixels, known, test):
-    """--nearest: are samples nearer to training images than test images are?"""
+    """--nearest: are samples nearer to training images than test images?"""
     N = min(len(pixels), 500)
     x = torch.cat([pixels[:N], test[:500]]).flatten(1).float()
     distances = [torch.cdist(x, part.flatten(1).float()) for part in known.split(5000)]

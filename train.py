@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse_args(argv=None):
-    """The settings, checked; with --resume, those of the checkpoint unless they are given."""
+    """The settings, checked; with --resume, those of the checkpoint."""
     parser = data.Parser(__doc__)
     choices, count, counts = ddpm.CHOICES, data.positive_integer, data.positive_integers
     flag = parser.section("data")
@@ -81,7 +81,7 @@ def parse_args(argv=None):
     flag("--slim", False, "save the averaged weights alone")
     flag("--resume", False, "go on from --out, with its settings, exactly")
     flag("--init", None, "checkpoint to begin with the weights of")
-    flag("--log", None, "CSV file to add step, loss, rate and images/s to")
+    flag("--log", None, "CSV file of step, loss, rate, images/s")
     flag("--preview", None, "picture of 16 samples, at every checkpoint")
 
     args = parser.parse_args(argv)
@@ -105,9 +105,9 @@ def parse_args(argv=None):
         args.lr = 0.01 if args.optimizer == "muon" else 0.005
     for fine, message in (
             (all(0 <= x < 1 for x in (args.dropout, args.ema, args.label_dropout)),
-             "--dropout, --ema and --label-dropout lie in 0 .. 1, below 1"),
+             "--dropout, --ema and --label-dropout are 0 or more, below 1"),
             (0 < args.lr < math.inf and args.warmup >= 0 and 0 <= args.seed < 2**63,
-             "--lr must be above 0, --warmup and --seed at least 0"),
+             "--lr is above 0, --warmup and --seed are 0 or more"),
             (args.schedule == "linear" or not has_beta, "--beta-.. are for --schedule linear"),
             (args.loss in ("vlb", "hybrid") or not learned,
              f"--loss {args.loss} does not train --variance {args.variance}: use hybrid"),
@@ -129,7 +129,7 @@ def train(args):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # but for nohup
             signal.signal(number, remember)
     while run.done < args.steps and stop == 0:  # 1, 6: repeat until
         run.step()  # 2-5
@@ -151,7 +151,7 @@ def train(args):
 class Run:
     """A training in progress. Random numbers come from (seed, step, part of the batch): a resumed
     run does what it would have done, and N processes what --accumulate N does. A step asks the
-    device for no number, so a GPU never waits (but for the decoder's, in the bound)."""
+    device for no number (but for the decoder's, in the bound), so a GPU never waits."""
 
     def __init__(self, args):
         self.args, self.device, self.done, self.own_file = args, pick_device(args.device), 0, None
@@ -218,7 +218,7 @@ class Run:
         self.done += 1
 
     def add_gradient(self, last):
-        """The gradient of a part of the batch and, after the last part, the step along it."""
+        """The gradient of a part of the batch; after the last, the step along it."""
         if WORLD > 1:
             self.model.require_backward_grad_sync = last  # average over processes at the end
         x_0, y = self.batch()  # 2: x_0 ~ q(x_0)
@@ -229,7 +229,7 @@ class Run:
             self.descend()  # 5: descent step
 
     def batch(self):
-        """Images drawn with replacement, in [-1, 1], and their labels, some of them hidden."""
+        """Images, drawn with replacement, and their labels, some of them hidden."""
         args, B, device = self.args, self.part_size, self.device
         index = torch.randint(len(self.images), (B,), device=device)
         x_0, y = data.to_model(self.images[index]), self.labels[index]
@@ -323,10 +323,9 @@ class Run:
             torch.save(checkpoint, file)
         self.own_file = os.stat(path).st_mtime_ns
         if args.preview and not args.classifier:
-            y = torch.arange(16, device=self.device) % len(self.classes)
-            model = lambda x_t, t: self.average(x_t, t, y if args.conditional else None)
-            x_0 = self.diffusion.ddim_sample(model, (16, *self.shape), min(20, args.timesteps),
-                                             generator=torch.Generator().manual_seed(0))
+            x_0 = self.diffusion.ddim_sample(  # without labels
+                self.average, (16, *self.shape), min(20, args.timesteps),
+                generator=torch.Generator().manual_seed(0))
             data.save_image(args.preview, x_0, zoom=2)
 
     def restore(self):
@@ -366,8 +365,8 @@ def make_optimizers(network, lr, muon):
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal: all directions of a matrix (C_out, C_in kh kw) learn at one pace
-    (Jordan et al. 2024, kellerjordan.github.io/posts/muon), in steps of Adam's size (Liu et al.
-    2025, 2502.16982). torch.optim.Muon takes no convolutions."""
+    (Jordan 2024, kellerjordan.github.io/posts/muon), in steps of Adam's size (Liu et al. 2025,
+    2502.16982). torch.optim.Muon takes no convolutions."""
 
     @torch.no_grad()
     def step(self):
@@ -390,7 +389,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(G):
     """About the orthogonal matrices nearest to G (B, m, n): five steps of a polynomial that moves
-    singular values towards 1 (to 0.7 .. 1.2, less if they are tiny)."""
+    singular values to 0.7 .. 1.2."""
     if G.shape[1] > G.shape[2]:
         return orthogonal(G.mT).mT
     G = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -402,10 +401,10 @@ def orthogonal(G):
 
 def load_checkpoint(path, device, classifier=False):
     """-> (model with EMA weights, in eval mode; diffusion; the checkpoint's dict). The model is a
-    UNet (x, t, y), with classifier=True a classifier (x, t), with None either. Nothing in the file
-    is run, nothing larger than it allocated. ValueError for all else."""
+    UNet (x, t, y), with classifier=True a classifier (x, t), with None either; else ValueError.
+    Nothing in the file is run, nothing larger than it allocated."""
     if not os.path.isfile(path):
-        raise ValueError(f"there is no {path}: train.py makes one, assets/fashion-mnist.pt is one")
+        raise ValueError(f"no {path}: train.py makes one, assets/fashion-mnist.pt is one")
     with data.named_errors(f"{path} is no checkpoint of train.py, or damaged"):
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
@@ -429,7 +428,7 @@ def load_checkpoint(path, device, classifier=False):
 
 
 def make_diffusion(args):
-    """The GaussianDiffusion that the settings ask for."""
+    """The GaussianDiffusion of the settings."""
     T, start, end = args.timesteps, args.beta_start, args.beta_end
     if args.schedule == "cosine":
         betas = ddpm.cosine_beta_schedule(T)
@@ -440,7 +439,7 @@ def make_diffusion(args):
 
 
 def pick_device(name):
-    """The device of that name, tried out, or the best there is; under torchrun, a GPU each."""
+    """The device of that name, tried out, or the best; under torchrun, a GPU each."""
     mps = torch.backends.mps.is_available() and WORLD == 1
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     with data.named_errors(f"--device {name} does not work here, try --device cpu"):
@@ -454,7 +453,7 @@ def pick_device(name):
 
 
 def pick_dtype(precision, device):
-    """What autocast computes in; auto: bf16 where the hardware has units for it, else fp32."""
+    """What autocast computes in; auto: bf16 where there are units for it, else fp32."""
     if precision == "auto":
         cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
         units = cpu.get("amx_bf16") or cpu.get("avx512_bf16") or (
@@ -464,7 +463,7 @@ def pick_dtype(precision, device):
 
 
 def set_threads(number, device, work):
-    """Use so many CPU threads; None: one or all, by what does work() sooner (if busy, often one)."""
+    """Use so many CPU threads; None: one or all, the faster at work(): if busy, often one."""
     def seconds(threads):
         torch.set_num_threads(threads)
         work()

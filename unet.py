@@ -257,7 +257,7 @@ class NoisyClassifier(nn.Module):
 
 
 def make_network(args, shape, classes):
-    """The network that train.py's settings ask for, for images of `shape` (C, H, W)."""
+    """The network of train.py's settings, for images of `shape` (C, H, W)."""
     C, H, _ = shape
     network = UNet(
         in_channels=C, out_channels=2 * C if args.variance.startswith("learned") else C,
@@ -269,6 +269,6 @@ def make_network(args, shape, classes):
 
 
 def to_device(network, device):
-    """The network there, with convolutions laid out as a GPU computes them."""
+    """The network there, with convolutions laid out as a GPU takes them."""
     gpu = torch.device(device).type == "cuda"
     return network.to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
