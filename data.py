@@ -28,7 +28,6 @@ class Dataset(NamedTuple):
     mirrors: tuple  # addresses of the folders on the web
     files: dict  # split -> ((name, SHA-256 unzipped or CIFAR-10's MD5), ..)
     folders: tuple = ()  # where else to look, relative to --data-dir
-    hint: str = ""  # how else to get it
     flip: bool = False  # whether a mirrored image is as good
 
 
@@ -50,8 +49,7 @@ DATASETS = {
                   "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
                   "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
                   "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
-        ("FashionMNIST/raw", "/usr/share/datasets/fashion-mnist"),
-        "Or: apt install dataset-fashion-mnist"),
+        ("FashionMNIST/raw", "/usr/share/datasets/fashion-mnist")),
     "mnist": Dataset(
         tuple("0123456789"),
         ("https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -125,7 +123,7 @@ def load_known(name, split, root):
         if name != "fashion-mnist" or not excerpt.is_file():
             raise
     progress("using the tenth of Fashion-MNIST in assets/. For all of it put four .gz into "
-             f"{Path(root, name)}. {DATASETS[name].hint}", final=True)
+             f"{Path(root, name)}, or: apt install dataset-fashion-mnist", final=True)
     return load_file(excerpt, split)[:2]
 
 
@@ -209,8 +207,8 @@ def named_errors(path):
 
 
 def read_idx(path, sha256=None):
-    """An IDX file, gzipped or not -> ndarray. ValueError if it is damaged. It has two zero bytes,
-    a type, the number of dimensions, their sizes and the values, big-endian: sha256 is of that."""
+    """An IDX file, gzipped or not -> ndarray; ValueError if damaged. It has two zero bytes, a type,
+    the number of dimensions, their sizes and the values, big-endian: sha256 is of that."""
     with named_errors(path), open(path, "rb") as raw:
         file = gzip.GzipFile(fileobj=raw) if raw.peek(2).startswith(b"\x1f\x8b") else raw
         head = file.read(4)
@@ -241,7 +239,7 @@ def read_cifar10(path, split="train", md5=None):
 
 
 def read_npy(path):
-    """An .npy array, mapped, so that a header cannot ask for more than there is. No objects."""
+    """An .npy array, mapped, so that a header cannot ask for more than there is."""
     with named_errors(path), open(path, "rb") as file:
         if b"'|O'" in file.read(128):
             raise ValueError("holds objects: images of different sizes, or text that is no str?")
@@ -264,12 +262,12 @@ def find_file(name, filename, root, read):
             progress(f"not used: {error}", final=True)
             _unreachable.add(place)
     tried = ", ".join(map(str, (*folders, *dataset.mirrors)))
-    raise ValueError(f"no good {filename} in {tried}. Put its .gz into {folders[0]}, or name its "
-                     f"folder with --data-dir. {dataset.hint}")
+    raise ValueError(f"no good {filename} in {tried}. Put its .gz into {folders[0]}, or "
+                     "name its folder with --data-dir")
 
 
 def fetch(url, path, read):
-    """Download url to `path` -> read(file). It gets there only if `read` accepts it."""
+    """Download url to `path`, if read(file) accepts it -> what that returns."""
     progress(f"downloading {url} to {path}", final=True)
     with named_errors(url), urllib.request.urlopen(url, timeout=TIMEOUT) as response:
         content = response.read(2**28)
@@ -371,7 +369,7 @@ def atomic(path):
 
 
 def keep_older(path):
-    """Keep a file that will be replaced, as FILE.old, FILE.old2, .."""
+    """Keep a file that will be replaced as FILE.old, FILE.old2, .."""
     k = 1
     while os.path.exists(kept := f"{path}.old{k if k > 1 else ''}"):
         k += 1
@@ -380,7 +378,7 @@ def keep_older(path):
 
 
 def check_outputs(outputs, inputs):
-    """ValueError for an output that cannot be written or is used twice."""
+    """ValueError for a file that cannot be written or is used twice."""
     def files(path):  # A.png and a.png may be one
         return {os.path.realpath(file).casefold() for file in (path, *companions(path))}
 

@@ -184,7 +184,8 @@ class GaussianDiffusion(torch.nn.Module):
 
     def p_mean_variance(self, output, x_t, t, clip=True):
         """p_theta(x_{t-1} | x_t) -> (mean, variance, predicted x_0). The mean is Eq. 7 at Eq. 15's
-        x_0, which can be clipped; if it is not, this is Eq. 11 (by Eqs. 9, 10)."""
+        x_0, which can be clipped. If it is not, this is Eq. 11 (by Eqs. 9, 10),
+        (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_t)."""
         _, x_0 = self.predict(output, x_t, t, clip)  # Eq. 15
         mean, _ = self.q_posterior(x_0, x_t, t)  # Eq. 7, hence Eq. 11
         return mean, self.log_variance(output, x_t, t).exp(), x_0
@@ -350,7 +351,7 @@ def cosine_beta_schedule(timesteps=1000, s=0.008, beta_min=0.0, beta_max=0.999):
 
 def important_times(T, n, device, first=1):
     """t (n,) in first..T, drawn with p_t ~ 1/t + 5/T, about as the terms of the bound fall, and
-    weights 1 / (T p_t) (n,) that undo the choice in a mean over 1..T. (iDDPM, Section 3.3.)"""
+    weights 1 / (T p_t) (n,) that undo it in a mean over 1..T (after iDDPM Section 3.3)."""
     likely = 1 / torch.arange(first, T + 1, device=device) + 5 / T
     k = torch.multinomial(likely, n, replacement=True)
     return first + k, likely.sum() / (T * likely[k])
@@ -383,7 +384,7 @@ def respace(diffusion, model, steps):
 
 def classifier_free_guidance(network, y, scale, null):
     """network(x_t, t, y) -> a model: eps(null) + scale (eps(y) - eps(null)), in one call (Ho &
-    Salimans Eq. 6, scale = 1 + w), for labels y (B,); null is none. Scale 1: conditional."""
+    Salimans Eq. 6, scale = 1 + w). null is no label; scale 0 unconditional, 1 conditional."""
     def model(x_t, t):
         both = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)])
         with_y, without = network(*both).chunk(2)

@@ -1019,9 +1019,9 @@ class Downloading(InTemporaryFolder):
         here = f"127.0.0.1:{self.server.server_address[1]}/{self.id().rpartition('.')[2]}"
         return tuple(f"http://{here}/{behaviour}/" for behaviour in behaviours)
 
-    def load(self, *behaviours, folders=(), more=(), hint=""):
+    def load(self, *behaviours, folders=(), more=()):
         mirrors = (*self.mirrors(*behaviours), *more)
-        tiny = data.Dataset(tuple("012345678"), mirrors, self.files, folders, hint)
+        tiny = data.Dataset(tuple("012345678"), mirrors, self.files, folders)
         with mock.patch.dict(data.DATASETS, {"tiny": tiny}):
             return data.load_dataset("tiny", root=self.folder)
 
@@ -1066,8 +1066,8 @@ class Downloading(InTemporaryFolder):
             dead = f"http://127.0.0.1:{closed.getsockname()[1]}/"
         places = (*self.mirrors("404", "cut"), dead, "/nowhere/tiny", str(self.folder))
         with self.assertRaises(ValueError) as caught:
-            self.load("404", "cut", more=(dead,), folders=("/nowhere/tiny",), hint="ask for dataset-tiny")
-        for said in (*places, "ask for dataset-tiny", "--data-dir"):
+            self.load("404", "cut", more=(dead,), folders=("/nowhere/tiny",))
+        for said in (*places, "--data-dir"):
             self.assertIn(said, str(caught.exception))
         self.assertRegex(sys.stdout.getvalue(), "(?s)404.*/cut/.*not used.*refused")
         self.assertEqual((self.left(), "\n" in str(caught.exception)), ([], False))

@@ -247,8 +247,8 @@ class Run:
         model = lambda x_t, t: self.model(x_t, t, y if args.conditional else None)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             if args.classifier:  # a quarter are clean images, t = 0, as --score has them
-                t = torch.randint(0, args.timesteps + 1, (B,), device=device)
-                t = t * (torch.rand(B, device=device) > 0.25)
+                T = args.timesteps
+                t = torch.randint(-T // 3, T + 1, (B,), device=device).clamp(min=0)
                 x_t = diffusion.q_sample(x_0, t.clamp(min=1))
                 x_t = torch.where((t > 0)[:, None, None, None], x_t, x_0)
                 return cross_entropy(self.model(x_t, t), y, reduction="none")
@@ -261,7 +261,7 @@ class Run:
     def descend(self):
         """A step along the gradient, clipped to norm 1; none if it is not finite. Then the EMA."""
         args, n = self.args, self.n
-        rate = torch.minimum((n + 1) / (args.warmup + 1),  # up in a straight line, then down to 0
+        rate = torch.minimum((n + 1) / (args.warmup + 1),  # up, then down to 0
                              (args.steps - n) / max(args.steps - args.warmup, 1))
         self.lr.copy_(args.lr * rate)
         for optimizer in self.optimizers:
@@ -281,7 +281,7 @@ class Run:
         n += 1
 
     def report(self):
-        """Say how it goes, once a second and at the end. ValueError if it does not."""
+        """Say how it goes, once a second and at the end."""
         args, done, now = self.args, self.done, time.perf_counter()
         steps, seconds = done - self.reported, now - self.reported_at
         if seconds < 1 and done < args.steps:
@@ -415,7 +415,7 @@ def load_checkpoint(path, device, classifier=False):
         args, (C, H, W) = Namespace(**checkpoint["settings"]), checkpoint["shape"]
         if C not in (1, 3) or min(H, W, checkpoint["source"]["images"]) < 1:
             raise ValueError("it is not about images")
-        with torch.device("meta"):  # takes no memory, whatever the settings ask for
+        with torch.device("meta"):  # takes no memory
             network = unet.make_network(args, (C, H, W), checkpoint["classes"])
         network.load_state_dict(dict(checkpoint["ema"]), assign=True)  # dict: a copy
         if not all(torch.isfinite(w).all() for w in network.parameters()):
