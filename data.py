@@ -123,12 +123,12 @@ def load_known(name, split, root):
         if name != "fashion-mnist" or not excerpt.is_file():
             raise
     progress("using the tenth of Fashion-MNIST in assets/. For all of it put four .gz into "
-             f"{Path(root, name)}, or: apt install dataset-fashion-mnist", final=True)
+             f"{Path(root, name)}, or: apt install dataset-fashion-mnist")
     return load_file(excerpt, split)[:2]
 
 
 def load_file(path, split):
-    """Images and labels of one's own file, and the values that labels can have."""
+    """Images and labels of a file of yours, and the values of its labels."""
     if not companions(path) or not path.is_file():
         raise ValueError(f"no data set {path}: give {', '.join(DATASETS)}, a FILE.npy or an IDX "
                          'file (README.md, "Your own pictures")')
@@ -139,7 +139,7 @@ def load_file(path, split):
     if split == "test" and has_test:
         path, labels = test, test_labels
     elif split == "test":
-        progress(f"{path} is its own test split: none is beside it", final=True)
+        progress(f"{path} is its own test split: none is beside it")
     images = read(path)
     return images, read(labels) if has_labels else np.zeros(images.shape[:1], np.int64), known
 
@@ -175,7 +175,7 @@ def as_images(array, where):
         if wrong:
             raise ValueError(f"{where} has {array.dtype} of shape {shape}: save {instead}")
     if (brightest := array[:1000].max()) < 32:
-        progress(f"warning: no pixel of {where} is above {brightest} of 255", final=True)
+        progress(f"warning: no pixel of {where} is above {brightest} of 255")
     images = torch.from_numpy(array[:, None] if ndim == 3 else array)
     return images.permute(0, 3, 1, 2) if last else images
 
@@ -190,7 +190,7 @@ def find_label(text, classes):
 
 
 def fingerprint(images, labels):
-    """A text that tells data sets apart, wherever they are."""
+    """A hash of a data set's content, wherever it lies."""
     some = images[torch.linspace(0, len(images) - 1, min(len(images), 1000)).long()]
     content = some.numpy().tobytes() + labels.numpy().tobytes()
     return hashlib.sha256(f"{tuple(images.shape)}".encode() + content).hexdigest()[:16]
@@ -259,7 +259,7 @@ def find_file(name, filename, root, read):
             if place not in _unreachable:
                 return fetch(f"{place}{filename}.gz", folders[0] / f"{filename}.gz", read)
         except (OSError, ValueError) as error:
-            progress(f"not used: {error}", final=True)
+            progress(f"not used: {error}")
             _unreachable.add(place)
     tried = ", ".join(map(str, (*folders, *dataset.mirrors)))
     raise ValueError(f"no good {filename} in {tried}. Put its .gz into {folders[0]}, or "
@@ -268,7 +268,7 @@ def find_file(name, filename, root, read):
 
 def fetch(url, path, read):
     """Download url to `path`, if read(file) accepts it -> what that returns."""
-    progress(f"downloading {url} to {path}", final=True)
+    progress(f"downloading {url} to {path}")
     with named_errors(url), urllib.request.urlopen(url, timeout=TIMEOUT) as response:
         content = response.read(2**28)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -278,7 +278,7 @@ def fetch(url, path, read):
             return read(file.name)
 
 
-# What every script needs ------------------
+# ---- What every script needs
 
 
 class Parser(argparse.ArgumentParser):
@@ -292,7 +292,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def section(self, title):
-        """-> a function that adds a flag: its default tells its type, and is shown."""
+        """-> a function that adds a flag: its default sets its type, and is shown."""
         group = self.add_argument_group(title)
 
         def flag(name, default, help, **options):
@@ -340,14 +340,14 @@ def run_script(main):
             torch.distributed.destroy_process_group()
 
 
-def progress(text, final=False):
-    """Print a line, in process 0. If not final, the next replaces it in a terminal, and a log gets
-    one in ten seconds."""
+def progress(text, passing=False):
+    """Print a line, in process 0. If passing, the next replaces it in a terminal, a log gets one
+    every ten seconds."""
     terminal = sys.stdout and sys.stdout.isatty()
-    if RANK == 0 and (final or time.monotonic() > _printed[0] + (0.1 if terminal else 10)):
+    if RANK == 0 and (not passing or time.monotonic() > _printed[0] + (0.1 if terminal else 10)):
         _printed[0] = time.monotonic()
-        end = "\r" if terminal and not final else "\n"
-        with contextlib.suppress(OSError):  # nobody listens any more
+        end = "\r" if terminal and passing else "\n"
+        with contextlib.suppress(OSError):  # nobody reads it
             print(text, end="\033[K" * terminal + end, flush=True)
 
 
@@ -374,7 +374,7 @@ def keep_older(path):
     while os.path.exists(kept := f"{path}.old{k if k > 1 else ''}"):
         k += 1
     shutil.copy2(path, kept)
-    progress(f"older {path} is now {kept}", final=True)
+    progress(f"older {path} is now {kept}")
 
 
 def check_outputs(outputs, inputs):
@@ -407,10 +407,10 @@ def to_model(images):
 
 def to_pixels(x):
     """float in [-1, 1] -> uint8, by rounding: truncation would change 63 of 256 grey levels."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def grid(images, columns=None, gap=2, zoom=1):
+def grid(images, columns=None, zoom=1, gap=2):
     """Images (N, C, H, W) -> one picture (h, w, C) uint8, row by row, `gap` white pixels apart."""
     if (N := len(images)) == 0:
         raise ValueError("no images to draw")
@@ -427,11 +427,11 @@ def grid(images, columns=None, gap=2, zoom=1):
     return picture
 
 
-def save_image(path, images, columns=None, gap=2, zoom=1):
+def save_image(path, images, columns=None, zoom=1, gap=2):
     """Images (N, C, H, W), uint8 or float in [-1, 1], as a grid: .pgm if C = 1, .ppm or .png if
     C = 1 or 3, or else ValueError."""
     suffix = check_suffix(path, (".pgm", ".ppm", ".png"))
-    picture = grid(images, columns, gap, zoom)
+    picture = grid(images, columns, zoom, gap)
     H, W, C = picture.shape
     if C not in (1, 3) or (suffix == ".pgm" and C == 3):
         raise ValueError(f"{path} cannot have {C} channels")
@@ -443,9 +443,8 @@ def save_image(path, images, columns=None, gap=2, zoom=1):
 
 def save_movie(path, frames, columns=None, zoom=1):
     """Frames, each (N, C, H, W), as an animated .png of 6 seconds, the last 2 the final frame."""
-    check_suffix(path, (".png",))
     with atomic(path) as file:
-        file.writelines(png([grid(frame, columns, zoom=zoom) for frame in frames]))
+        file.writelines(png([grid(frame, columns, zoom) for frame in frames]))
 
 
 def png(pictures):
@@ -460,10 +459,10 @@ def png(pictures):
     if N > 1:
         yield chunk(b"acTL", "2I", N, 0)  # 0: for ever
     for k, picture in enumerate(pictures):
-        rows = np.pad(picture.reshape(H, W * C), ((0, 0), (1, 0)))  # filter 0 before each row
+        rows = np.pad(picture.reshape(H, -1), ((0, 0), (1, 0)))  # filter 0 before each row
         data = zlib.compress(rows.tobytes(), 9)
         if N > 1:
-            wait = round(1000 * (4 / N + (2 if k == N - 1 else 0)))  # milliseconds
+            wait = round(4000 / N + 2000 * (k == N - 1))  # milliseconds
             yield chunk(b"fcTL", "5I2H2B", max(2 * k - 1, 0), W, H, 0, 0, wait, 1000, 0, 0)
         yield chunk(b"fdAT", "I", 2 * k, data=data) if k else chunk(b"IDAT", "", data=data)
     yield chunk(b"IEND", "")

@@ -1,13 +1,13 @@
 """Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020, arXiv 2006.11239).
 
-In the paper's order; what later papers added stands below, under their names.
+In the paper's order; later papers' additions follow, under their names.
 
     t      1..T as in the paper: a whole number, or a tensor (B,)
     x      images, float32 (B, C, H, W) in [-1, 1]
     model  a callable (x_t, t) -> output, with t (B,) int64; labels are bound beforehand
 
-Tables (T+1,) begin with clean data, beta_0 = 0 and alpha_bar_0 = 1, so that t = 1 is no special
-case. They are made in float64: 1 - 0.9999 in float32 is off by 1.7e-4 of itself.
+Tables (T+1,) have clean data at index 0, beta_0 = 0 and alpha_bar_0 = 1, and are indexed by the
+paper's t. They are made in float64: in float32, 1 - 0.9999 is wrong by 0.017%.
 """
 import copy
 import math
@@ -32,19 +32,19 @@ def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
 
 
 def at(table, t, x):
-    """Entries t of a table (T+1,), (B or 1, 1, 1, 1) to multiply x. ValueError if not in 1..T."""
+    """table[t] as (B or 1, 1, 1, 1), to multiply x. ValueError unless t is whole, in 1..T."""
     T = len(table) - 1
-    if type(t) is int and 1 <= t <= T:  # nothing to copy to a GPU
+    if type(t) is int and 1 <= t <= T:  # saves a copy to the GPU
         return table[t].view([1] * x.ndim)
     t = torch.as_tensor(t)
-    known = t.flatten().tolist() if t.device.type == "cpu" else []  # a GPU's would be waited for
-    if t.is_floating_point() or not all(1 <= k <= T for k in known):
+    outside = t.is_cpu and ((t < 1) | (t > T)).any()  # on a GPU, asking is waiting
+    if outside or t.is_floating_point():
         raise ValueError(f"t must be whole numbers in 1..{T}, not {t.tolist()}")
     return table[t.long()].view(-1, *[1] * (x.ndim - 1))
 
 
 def standard_normal(shape, device, generator=None):
-    """A draw from N(0, I). generator: a torch.Generator, or a function of the shape."""
+    """A draw from N(0, I). generator: a torch.Generator, or a function shape -> noise."""
     if callable(generator):
         return generator(shape).to(device)
     source = device if generator is None else generator.device
@@ -57,10 +57,10 @@ class GaussianDiffusion(torch.nn.Module):
     betas       beta_1 .. beta_T, above 1e-12 and below 1
     prediction  the model's output: "eps" (the paper), "x0", "mean" of q(x_{t-1} | x_t, x_0), or
                 "v" (Salimans & Ho 2022, 2202.00512)
-    variance    "beta" or "posterior" (Section 3.2), or from as many output channels again:
+    variance    "beta" or "posterior" (Section 3.2), or from C more output channels:
                 "learned" (log sigma_t^2), "learned_range" (iDDPM Eq. 15)
-    loss        "mse" (L_simple, Eq. 14), "l1", "huber"; for a learned variance "vlb" (the bound)
-                or "hybrid" (iDDPM Eq. 16)
+    loss        "mse" (L_simple, Eq. 14), "l1", "huber", "vlb" (the bound, Eq. 5); for a learned
+                variance "hybrid" (iDDPM Eq. 16) or "vlb"
 
     ValueError for anything else. Its float32 tables (T+1,) move with .to(device)."""
 
@@ -86,7 +86,7 @@ class GaussianDiffusion(torch.nn.Module):
                           f"from. A schedule that ends in it: {cure}", stacklevel=2)
 
     def set_alpha_bar(self, alpha_bar):
-        """All tables from alpha_bar_0 = 1 .. alpha_bar_T, float64 (T+1,)."""
+        """Make all tables from alpha_bar_0 .. alpha_bar_T, float64 (T+1,)."""
         self.exact_alpha_bar = alpha_bar  # stays on the CPU: MPS has no float64
         self.timesteps = len(alpha_bar) - 1
         before, after = alpha_bar[:-1], alpha_bar[1:]  # alpha_bar_{t-1}, alpha_bar_t
@@ -94,7 +94,7 @@ class GaussianDiffusion(torch.nn.Module):
         beta = 1 - alpha
         beta_tilde = (1 - before) / (1 - after) * beta  # Eq. 7
         # beta_tilde_1 = 0 has no logarithm, and Eq. 13 divides by sigma_1: beta_tilde_2 stands in,
-        # for beta_1 too, as in Ho's code. Samples do not see it.
+        # for beta_1 too, as in Ho's code. Samples add no noise at t = 1.
         stand_in = beta_tilde[1:2] if self.timesteps > 1 else beta
         fixed = beta if self.variance == "beta" else beta_tilde
         tables = {
@@ -131,7 +131,7 @@ class GaussianDiffusion(torch.nn.Module):
 
     # ---- Algorithm 1: training
     def training_losses(self, model, x_0, t=None, noise=None):
-        """Algorithm 1 for images x_0 ~ q(x_0) (line 2), with t and noise given or drawn -> (B,)."""
+        """Algorithm 1 for x_0 ~ q(x_0) (line 2), t (B,) and noise drawn unless given -> (B,)."""
         if t is None:  # 3: t ~ Uniform({1, ..., T})
             t = torch.randint(1, self.timesteps + 1, (len(x_0),), device=x_0.device)
         t = torch.as_tensor(t, device=x_0.device).long().expand(len(x_0))
@@ -145,7 +145,7 @@ class GaussianDiffusion(torch.nn.Module):
         return squares.flatten(1).mean(1)  # L_simple (Eq. 14), averaged over pixels
 
     def target(self, x_0, x_t, t, eps):
-        """What the model should say. With x_t, each gives the others, but their losses
+        """What the output should be. Given x_t, any of these yields the others, but their losses
         weigh t differently (Table 2 tries "mean")."""
         if self.prediction == "eps":
             return eps
@@ -165,9 +165,8 @@ class GaussianDiffusion(torch.nn.Module):
         return output.chunk(2, dim=1) if self.learns_variance else (output, None)
 
     def predict(self, output, x_t, t, clip=True):
-        """What the model's output takes x_t for -> (eps, x_0). clip: x_0 is held in [-1, 1]. Ho's
-        code does so, not Algorithm 2, and samples get better: Eq. 15 multiplies an error of
-        eps_theta by noise / signal, 157 at the paper's T."""
+        """The output as (eps, x_0). clip: x_0 to [-1, 1], as Ho's code does but not Algorithm 2.
+        It helps: Eq. 15 multiplies an error of eps_theta by noise / signal, 157 at t = 1000."""
         prediction, _ = self.split(output, x_t)
         signal = at(self.alpha_bar, t, x_t).sqrt()
         noise = at(self.one_minus_alpha_bar, t, x_t).sqrt()  # Eq. 4: x_t = signal x_0 + noise eps
@@ -180,7 +179,7 @@ class GaussianDiffusion(torch.nn.Module):
         else:  # v
             x_0 = signal * x_t - noise * prediction
         x_0 = x_0.clamp(-1, 1) if clip else x_0
-        return (x_t - signal * x_0) / noise, x_0  # the eps of the clipped x_0
+        return (x_t - signal * x_0) / noise, x_0  # eps fits the clipped x_0
 
     def p_mean_variance(self, output, x_t, t, clip=True):
         """p_theta(x_{t-1} | x_t) -> (mean, variance, predicted x_0). The mean is Eq. 7 at Eq. 15's
@@ -191,11 +190,11 @@ class GaussianDiffusion(torch.nn.Module):
         return mean, self.log_variance(output, x_t, t).exp(), x_0
 
     def log_variance(self, output, x_t, t):
-        """log sigma_t^2, of Section 3.2 or from the model's variance channels."""
+        """log sigma_t^2, by Section 3.2 (B or 1, 1, 1, 1) or learned (x_t's shape)."""
         _, channels = self.split(output, x_t)
         if self.variance == "learned":
             return channels
-        if self.variance == "learned_range":  # -1..1 is beta_tilde_t..beta_t
+        if self.variance == "learned_range":  # -1: beta_tilde_t, 1: beta_t
             v, log_beta = (channels + 1) / 2, at(self.beta, t, x_t).log()
             return v * log_beta + (1 - v) * at(self.log_posterior_variance, t, x_t)  # iDDPM Eq. 15
         return at(self.log_fixed_variance, t, x_t)
@@ -245,20 +244,20 @@ class GaussianDiffusion(torch.nn.Module):
         mean, _, _ = self.p_mean_variance(output, x_t, t, clip)
         log_variance = self.log_variance(output, x_t, t)
         log_ratio = at(self.log_posterior_variance, t, x_t) - log_variance
-        distance = (true_mean - mean) ** 2 * (-log_variance).exp() / 2  # Eq. 8; unclipped, Eq. 12
+        distance = (true_mean - mean) ** 2 * (-log_variance).exp() / 2  # Eq. 8; if not clip, Eq. 12
         nats = (distance + (torch.expm1(log_ratio) - log_ratio) / 2).flatten(1).mean(1)
         first = torch.as_tensor(t, device=x_t.device).expand(len(x_t)) == 1
         if first.any():
             variance = log_variance.expand_as(mean)[first].cpu().double().exp()
             log_p = self.decoder_log_likelihood(x_0[first], mean[first], variance)
-            nats = nats.masked_scatter(first, -log_p.flatten(1).mean(1).to(nats))
+            nats[first] = -log_p.flatten(1).mean(1).to(nats)
         return nats / math.log(2)
 
     @staticmethod
     def decoder_log_likelihood(x_0, mean, variance):
         """log p_theta(x_0 | x_1) per value, for x_0 of 256 levels (Eq. 13): the Gaussian's integral
-        over the level's bin, taken in the tail, where both ends are small and exact."""
-        x, mean, sigma = x_0.cpu().double(), mean.cpu().double(), variance.cpu().double().sqrt()
+        over a level's bin, mirrored into the lower tail, where log_ndtr is exact."""
+        x, mean, sigma = (v.cpu().double() for v in (x_0, mean, variance.sqrt()))
         lower = torch.where(x < -0.999, -torch.inf, (x - 1 / 255 - mean) / sigma)
         upper = torch.where(x > 0.999, torch.inf, (x + 1 / 255 - mean) / sigma)
         log_a = torch.special.log_ndtr(torch.minimum(lower, -upper))
@@ -267,8 +266,8 @@ class GaussianDiffusion(torch.nn.Module):
         return log_p.to(x_0)
 
     def interpolate(self, model, x_0, x_0_prime, weights, t, clip=True, generator=None):
-        """Figure 8: images x_0, x_0' (C, H, W), mixed at time t by N weights (lambda), all with
-        the same noise -> (N, C, H, W)."""
+        """Figure 8: images x_0, x_0' (C, H, W), mixed at time t by N weights (lambda), with the
+        same noise for every weight -> (N, C, H, W)."""
         def shared_noise(shape):
             return standard_normal((1, *shape[1:]), x_0.device, generator).expand(shape)
 
@@ -282,7 +281,7 @@ class GaussianDiffusion(torch.nn.Module):
 
     # ---- DDIM (Song, Meng, Ermon 2020, 2010.02502)
     def visited_times(self, steps):
-        """The steps + 1 times, T down to 0, at the ends of `steps` strides."""
+        """The steps + 1 ends of `steps` strides, from T down to 0."""
         if steps not in range(1, self.timesteps + 1):
             raise ValueError(f"steps must be whole, in 1..{self.timesteps}, not {steps}")
         return np.linspace(self.timesteps, 0, int(steps) + 1).round().astype(int).tolist()
@@ -299,11 +298,12 @@ class GaussianDiffusion(torch.nn.Module):
         """`ddim_sample` step by step: yields (t, x_t, predicted x_0), down to t = 0."""
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in 0..1, not {eta}")
-        x_t = standard_normal(shape, self.beta.device, generator) if x_T is None else x_T
+        draw = partial(standard_normal, shape, self.beta.device, generator)
+        x_t = draw() if x_T is None else x_T
         for t, s in pairwise(self.visited_times(steps)):  # a stride t -> s
             bar_t, bar_s = self.exact_alpha_bar[[t, s]].tolist()
             sigma = eta * math.sqrt((1 - bar_s) / (1 - bar_t) * (1 - bar_t / bar_s))  # DDIM Eq. 16
-            z = standard_normal(shape, x_t.device, generator) if sigma > 0 else 0
+            z = draw() if sigma > 0 else 0
             output = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
             eps, x_0 = self.predict(output, x_t, t, clip)
             direction = math.sqrt(max(1 - bar_s - sigma**2, 0)) * eps
@@ -312,7 +312,7 @@ class GaussianDiffusion(torch.nn.Module):
 
     @torch.no_grad()
     def ddim_invert(self, model, x_0, steps=50):
-        """The x_T from which ddim_sample (eta=0, clip=False) draws x_0 (DDIM Eq. 14). A step s -> t
+        """An x_T from which ddim_sample (eta=0) draws x_0, by its ODE (DDIM Eq. 14). A step s -> t
         takes eps at t, as 0 was never trained. The error falls as 1 / steps."""
         x_s = x_0
         for s, t in pairwise(self.visited_times(steps)[::-1]):
@@ -350,8 +350,8 @@ def cosine_beta_schedule(timesteps=1000, s=0.008, beta_min=0.0, beta_max=0.999):
 
 
 def important_times(T, n, device, first=1):
-    """t (n,) in first..T, drawn with p_t ~ 1/t + 5/T, about as the terms of the bound fall, and
-    weights 1 / (T p_t) (n,) that undo it in a mean over 1..T (after iDDPM Section 3.3)."""
+    """t (n,) in first..T, drawn with p_t in proportion to 1/t + 5/T, about as the bound's terms
+    fall, and weights 1 / (T p_t) (n,) that undo it (after iDDPM Section 3.3)."""
     likely = 1 / torch.arange(first, T + 1, device=device) + 5 / T
     k = torch.multinomial(likely, n, replacement=True)
     return first + k, likely.sum() / (T * likely[k])
@@ -360,7 +360,7 @@ def important_times(T, n, device, first=1):
 def respace(diffusion, model, steps):
     """-> (diffusion, model): Algorithm 2 on `steps` of the times 1..T, with their alpha_bar. So
     the beta of a stride t -> s is 1 - alpha_bar_t / alpha_bar_s, not beta_t. The network sees the
-    old t; a "mean" is translated, and a "learned" variance by its ratio to beta_tilde."""
+    old t; a "mean" is converted through x_0, a "learned" variance keeps its ratio to beta_tilde."""
     times = torch.tensor(diffusion.visited_times(steps)[::-1])
     short = copy.deepcopy(diffusion)
     short.set_alpha_bar(diffusion.exact_alpha_bar[times])

@@ -66,7 +66,7 @@ def parse_args(argv=None):
 
 
 def draw(args, network, classifier, diffusion, shape, labels):
-    """-> pixels (n, C, H, W), all in process 0, and the way there of 64, each (64, 2, C, H, W)."""
+    """-> all pixels (n, C, H, W) in process 0; frames (64, 2, C, H, W): x_t, predicted x_0."""
     began, frames, pixels = time.perf_counter(), [], torch.zeros(args.n, *shape, dtype=torch.uint8)
     for start in range(RANK * args.batch_size, args.n, WORLD * args.batch_size):
         size = min(args.batch_size, args.n - start)
@@ -79,14 +79,14 @@ def draw(args, network, classifier, diffusion, shape, labels):
         for k, (t, x_t, x_0) in enumerate(chain(args, diffusion, model, x_T, noise)):
             if start == 0 and k in np.linspace(0, args.steps, 41).round():
                 frames.append(data.to_pixels(torch.stack([x_t, x_0], 1)[:64]).cpu())
-            progress(f"{start} of {args.n} images drawn, more at t = {t}")
+            progress(f"{start} of {args.n} images drawn, more at t = {t}", passing=True)
         if not torch.isfinite(x_t).all():
             raise ValueError(f"{args.checkpoint} draws no finite numbers; try --precision fp32")
         pixels[start:start + size] = data.to_pixels(x_t)
     if WORLD > 1:
         torch.distributed.init_process_group("gloo")
         torch.distributed.reduce(pixels, 0)  # a sum: an image is 0 in all processes but one
-    progress(f"{args.n} images drawn in {time.perf_counter() - began:.1f} s", final=True)
+    progress(f"{args.n} images drawn in {time.perf_counter() - began:.1f} s")
     return pixels, frames
 
 
@@ -103,7 +103,7 @@ def chain(args, diffusion, model, x_T, noise):
 
 
 def noise_of_images(args, start, size):
-    """-> noise(shape) for images start, .. in whole blocks, whatever --n and --batch-size are."""
+    """-> noise(shape) for images start, .. from whole blocks, whatever --n and --batch-size are."""
     generators = [torch.Generator(args.device).manual_seed(train.random_stream(args.seed, block))
                   for block in range(start // BLOCK, math.ceil((start + size) / BLOCK))]
 
@@ -126,11 +126,11 @@ def guided_model(args, network, classifier, diffusion, y):
 
 def recorded(model, x_T):
     """The model as a CUDA graph: small kernels take longer to launch than to run."""
-    x, t = x_T.clone(), torch.ones(len(x_T), dtype=torch.int64, device=x_T.device)
+    x, t = x_T.clone(), x_T.new_ones(len(x_T)).long()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.no_grad(), torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):
         stream.wait_stream(torch.cuda.default_stream())
-        model(x, t)  # sets up what need not be recorded
+        model(x, t)  # one-time setup, not recorded
         with torch.cuda.graph(graph, stream=stream):
             output = model(x, t)
 
@@ -255,7 +255,7 @@ def frechet_distance(f, g):
 
 
 def score(args, classifier, pixels, labels, known, test):
-    """--score: how far samples are from test images, and as many training images."""
+    """--score: how far samples, and as many training images, are from test images."""
     def features(images):
         parts = [data.to_model(part.to(args.device)) for part in images.split(500)]
         return torch.cat([classifier.features(x, x.new_zeros(len(x))) for x in parts])
@@ -276,7 +276,7 @@ def evaluate(args, network, diffusion, checkpoint, images, labels):
         sums = torch.zeros(4, len(x_0), device=args.device)
         sums[1:3] = diffusion.prior_bits(x_0)
         for t, weight in chosen_times(T, len(x_0), N < FEW, args.device):
-            progress(f"{500 * len(parts)} of {N} images, more at t = {t[0]}")
+            progress(f"{500 * len(parts)} of {N} images, more at t = {t[0]}", passing=True)
             noise = torch.randn_like(x_0)
             x_t = diffusion.q_sample(x_0, t, noise)
             output = network(x_t, t, y)
@@ -285,7 +285,7 @@ def evaluate(args, network, diffusion, checkpoint, images, labels):
             bits = diffusion.vlb_terms(output, x_0, x_t, t)
             sums += weight * torch.stack([l_simple, bits, bits * (t > 1), bits * (t == 1)])
         parts.append(sums.cpu().double())
-    progress(f"{N:,} test images, {args.checkpoint} at step {checkpoint['step']}", final=True)
+    progress(f"{N:,} test images, {args.checkpoint} at step {checkpoint['step']}")
     for name, x in zip(("L_simple", "bits/dim <=", "  rate", "  distortion"), torch.cat(parts, 1)):
         confidence = f" +- {1.96 * x.std() / math.sqrt(N):.4f}" if N > 1 else ""
         print(f"{name:14}{x.mean():.4f}{confidence}")
@@ -316,8 +316,8 @@ def load_classifier(args, path, checkpoint, diffusion=None):
 
 def check_files(args, checkpoint):
     """Fill in --out. ValueError, before any work, for wrong outputs."""
-    kinds = (".png", ".ppm", ".pgm")[:2 if checkpoint["shape"][0] == 3 else 3]
-    args.out = [args.out] if args.out else ["samples" + kinds[-1], "samples.png"] * args.samples
+    kinds = (".pgm", ".ppm", ".png")[checkpoint["shape"][0] // 3:]
+    args.out = [args.out] if args.out else ["samples" + kinds[0], "samples.png"] * args.samples
     pictures = [args.trajectory, args.nearest, args.forward, args.reconstruct, args.interpolate]
     for path in filter(None, (*pictures, *args.out)):
         data.check_suffix(path, (*kinds, ".npy") if path in args.out else kinds)

@@ -17,8 +17,6 @@ from argparse import BooleanOptionalAction, Namespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import ddpm
@@ -115,7 +113,7 @@ def parse_args(argv=None):
              "--only, --conditional and --classifier exclude each other")):
         if not fine:
             raise ValueError(message)
-    data.check_suffix(args.preview or "x.png", (".png", ".ppm", ".pgm"))
+    data.check_suffix(args.preview or "x.png", (".png",))
     make_diffusion(args)  # refuses what cannot be
     return args
 
@@ -129,7 +127,7 @@ def train(args):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        if signal.getsignal(number) != signal.SIG_IGN:  # but for nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, remember)
     while run.done < args.steps and stop == 0:  # 1, 6: repeat until
         run.step()  # 2-5
@@ -141,17 +139,17 @@ def train(args):
             run.save()
     run.save()
     if run.done < args.steps:
-        progress(f"stopped at step {run.done}, saved in {args.out}. To go on: --resume", True)
+        progress(f"stopped at step {run.done}, saved in {args.out}. To go on: --resume")
         sys.exit(128 + signals[0] if signals else 1)
     flag = "--score" if args.classifier else "--checkpoint"
     progress(f"{args.out} has all {run.done} steps. To go on: --resume --steps N. "
-             f"Next: python sample.py {flag} {args.out}", True)
+             f"Next: python sample.py {flag} {args.out}")
 
 
 class Run:
     """A training in progress. Random numbers come from (seed, step, part of the batch): a resumed
     run does what it would have done, and N processes what --accumulate N does. A step asks the
-    device for no number (but for the decoder's, in the bound), so a GPU never waits."""
+    device for no number (but for the decoder's, in the bound), so a GPU is never idle."""
 
     def __init__(self, args):
         self.args, self.device, self.done, self.own_file = args, pick_device(args.device), 0, None
@@ -181,7 +179,7 @@ class Run:
         self.weights, self.averages = (list(n.parameters()) for n in (self.network, self.average))
         self.model = torch.compile(self.network) if args.compile else self.network
         if WORLD > 1:
-            self.model = DistributedDataParallel(self.model)
+            self.model = torch.nn.parallel.DistributedDataParallel(self.model)
         self.lr = torch.tensor(args.lr, device=device)
         self.optimizers = make_optimizers(self.network, self.lr, args.optimizer == "muon")
         self.dtype = pick_dtype(args.precision, device)
@@ -202,7 +200,7 @@ class Run:
         size, parameters = "x".join(map(str, self.shape)), sum(w.numel() for w in self.weights)
         progress(f"{len(images):,} images {size}{', half of them mirrored' * args.flip}, "
                  f"{parameters:,} parameters, {str(self.dtype)[6:]}, {device}{cores}, "
-                 f"steps {self.done} to {args.steps} of {args.batch_size} images", final=True)
+                 f"steps {self.done} to {args.steps} of {args.batch_size} images")
 
     def step(self):
         """Lines 2 to 5 of Algorithm 1, for this process's parts of the batch."""
@@ -246,12 +244,12 @@ class Run:
         args, diffusion, B, device = self.args, self.diffusion, len(x_0), self.device
         model = lambda x_t, t: self.model(x_t, t, y if args.conditional else None)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if args.classifier:  # a quarter are clean images, t = 0, as --score has them
+            if args.classifier:  # a quarter are clean images, t = 0, as in --score
                 T = args.timesteps
                 t = torch.randint(-T // 3, T + 1, (B,), device=device).clamp(min=0)
                 x_t = diffusion.q_sample(x_0, t.clamp(min=1))
                 x_t = torch.where((t > 0)[:, None, None, None], x_t, x_0)
-                return cross_entropy(self.model(x_t, t), y, reduction="none")
+                return torch.nn.functional.cross_entropy(self.model(x_t, t), y, reduction="none")
             if args.loss != "vlb":
                 return diffusion.training_losses(model, x_0)
             t, weights = ddpm.important_times(args.timesteps, B, device)
@@ -273,9 +271,8 @@ class Run:
             optimizer.zero_grad()
         self.scaler.update()
         decay = torch.clamp((1 + n) / (10 + n), max=args.ema)  # early weights are soon forgotten
-        difference = torch._foreach_sub(self.weights, self.averages)
-        torch._foreach_mul_(difference, 1 - decay)
-        torch._foreach_add_(self.averages, difference)
+        torch._foreach_mul_(self.averages, decay)
+        torch._foreach_add_(self.averages, torch._foreach_mul(self.weights, 1 - decay))
         self.skipped += bad
         self.skipped_in_a_row.add_(1).mul_(bad)
         n += 1
@@ -297,14 +294,14 @@ class Run:
         left = (args.steps - done) * seconds / steps / 60
         bad = f"  {skipped:.0f} steps skipped" * (skipped > 0)
         progress(f"step {done}/{args.steps}  loss {loss:.4f}  {speed:.0f} images/s  "
-                 f"{left:.1f} min left{bad}", final=done == args.steps)
+                 f"{left:.1f} min left{bad}", passing=done < args.steps)
         self.rows.append(f"{done},{loss:.6g},{float(self.lr):.6g},{speed:.1f}\n")
         if args.log and RANK == 0:
             with open(args.log, "w") as file:
                 file.writelines(self.rows)
 
     def save(self):
-        """Write --out and --preview. A file of another run is kept."""
+        """Write --out and --preview. Another run's file is kept as .old."""
         args, path = self.args, self.args.out
         if RANK > 0:
             return
@@ -463,7 +460,7 @@ def pick_dtype(precision, device):
 
 
 def set_threads(number, device, work):
-    """Use so many CPU threads; None: one or all, the faster at work(): if busy, often one."""
+    """Use so many CPU threads; None: one or all, the faster at work() (if others compute, one)."""
     def seconds(threads):
         torch.set_num_threads(threads)
         work()

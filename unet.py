@@ -5,7 +5,7 @@
 
 has the layout and the 35,746,307 parameters of the paper's CIFAR-10 network. With patch > 1,
 
-* pixels are gathered patch x patch into channels: full-size maps cost most and hold little;
+* patch x patch pixels become channels: full-size maps cost most and hold little;
 * only residual blocks have skip connections; in the paper all layers on the way down do, hence
   one block more per level on the way up;
 * upsampling convolves 1 x 1, not 3 x 3, for speed;
@@ -30,14 +30,14 @@ def timestep_embedding(t, dim):
 
 def group_norm(channels):
     """The paper's 32 groups, or fewer, so that each has at least 4 channels."""
-    groups = [g for g in range(1, 33) if channels % g == 0 and channels // g >= 4]
+    groups = [g for g in range(1, 33) if channels % g == 0 and channels >= 4 * g]
     return nn.GroupNorm(max(groups, default=1), channels)
 
 
 def zero_init(layer):
     """Zero a layer, so that the block it ends starts as the identity."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for w in layer.parameters():
+        nn.init.zeros_(w)
     return layer
 
 
@@ -104,8 +104,6 @@ class Attention(nn.Module):
 
 class Stage(nn.Sequential):
     """Blocks one after another, each called with h (B, C, H, W) and emb (B, E)."""
-    checkpointing = False
-
     def forward(self, h, emb):
         for block in self:
             twice = self.checkpointing and self.training
@@ -124,7 +122,7 @@ class Resample(nn.Module):
 
 
 class Embedding(nn.Module):
-    """t (B,), y (B,) -> emb (B, 4 channels). The last y, zero at first, is "no label": y=None."""
+    """t (B,), y (B,) -> emb (B, 4 channels). The last label, zero at first, is for y=None."""
     def __init__(self, channels, num_classes):
         super().__init__()
         self.channels, self.labels = channels, None
@@ -161,8 +159,8 @@ class UNet(nn.Module):
     """epsilon_theta(x_t, t, y). UNet() is what train.py builds with no flag.
 
     Level l has channels * multipliers[l] channels and 1 / 2^l of the size. `attention` lists map
-    sizes, for images of image_size; the middle always has it. scale_shift: by t, instead of adding
-    it. checkpointing: compute blocks twice, to save memory.
+    sizes, for images of image_size; the middle always has it. scale_shift: by t, which is else
+    added. checkpointing: compute blocks twice, to save memory.
     """
     def __init__(self, in_channels=1, out_channels=None, image_size=28, patch=2, channels=32,
                  multipliers=(1, 2), blocks=1, attention=(), heads=1, dropout=0.0, convnext=False,
@@ -181,10 +179,8 @@ class UNet(nn.Module):
         options = 4 * channels, dropout, scale_shift
 
         def make_stage(c_in, width, size):
-            stage = Stage(Block(c_in, width, *options))
-            if size in attention:
-                stage.append(Attention(width, heads))
-            return stage
+            attend = [Attention(width, heads)] if size in attention else []
+            return Stage(Block(c_in, width, *options), *attend)
 
         self.embedding = Embedding(channels, num_classes)
         conv_in = nn.Conv2d(in_channels * patch**2, widths[0], 3, padding=1)
@@ -200,7 +196,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         for width, size, above in reversed(levels):
             if self.up:
-                self.up.append(Resample(c, c, 3) if paper else Resample(c, width, 1))
+                self.up.append(Resample(c, c) if paper else Resample(c, width, 1))
                 c = c if paper else width
             for c_skip in [width] * blocks + [above] * paper:
                 self.up.append(make_stage(c + c_skip, width, size))
@@ -208,8 +204,8 @@ class UNet(nn.Module):
         self.norm_out = group_norm(c)
         self.conv_out = zero_init(nn.Conv2d(c, self.out_channels * patch**2, 3, padding=1))
         self.input_gain = None if paper else zero_init(nn.Linear(4 * channels, in_channels))
-        for stage in (*down, self.middle, *self.up):
-            stage.checkpointing = checkpointing
+        for module in self.modules():
+            module.checkpointing = checkpointing
 
     def forward(self, x, t, y=None):
         """x (B, in_channels, H, W) of any size, t (B,) whole, >= 0, y (B,) in 0..num_classes or
@@ -232,10 +228,9 @@ class UNet(nn.Module):
         assert not hs
         h = self.conv_out(F.silu(self.norm_out(h)))
         h = F.pixel_shuffle(h, self.patch)[..., :H, :W].to(x.dtype)
-        if self.paper:
-            return h
-        gained = self.input_gain(emb)[:, :, None, None] * x  # not for variance channels
-        return h + F.pad(gained, (0, 0, 0, 0, 0, self.out_channels - C))
+        if not self.paper:  # for eps, not for variance channels
+            h[:, :C] += self.input_gain(emb)[:, :, None, None] * x
+        return h
 
 
 class NoisyClassifier(nn.Module):
