@@ -285,8 +285,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaint is a ValueError."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            description=description, allow_abbrev=False, usage="%(prog)s [flags]",
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 36))
 
     def error(self, message):
         raise ValueError(message)

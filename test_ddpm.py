@@ -955,6 +955,17 @@ class DataSets(InTemporaryFolder):
                 data.load_dataset(path)
         self.assertFalse(exploded.exists())
 
+    def test_the_excerpt_is_the_first_600_and_100_images_of_each_class(self):
+        for split, files in data.DATASETS["fashion-mnist"].files.items():
+            with mock.patch("urllib.request.urlopen", side_effect=OSError("not asked")):
+                images, labels = data.load_dataset("fashion-mnist", split, HERE / "data")
+            if len(images) < 10_000:
+                self.skipTest("needs all of Fashion-MNIST")
+            first = [np.flatnonzero(labels == k)[:len(labels) // 100] for k in range(10)]
+            keep = np.sort(np.concatenate(first))
+            for (name, _), x in zip(files, (images[keep, 0], labels[keep])):
+                self.assertEqual(gzip.decompress((data.EXCERPT / f"{name}.gz").read_bytes()), idx(x.numpy()))
+
     def test_the_excerpt_is_used_when_nothing_else_is_there_and_that_is_said(self):
         nowhere = {"fashion-mnist": data.DATASETS["fashion-mnist"]._replace(folders=(), mirrors=())}
         self.patched(mock.patch.dict(data.DATASETS, nowhere))
