@@ -94,12 +94,12 @@ def load_with_classes(name, split="train", root="data", only=None):
     else:
         images, labels, known = load_file(Path(name).expanduser(), split)
         classes = tuple(map(str, known))
-    images = as_images(images, name)
+    images = as_images(images, f"{name} ({split})")
     labels = labels.squeeze(1) if labels.shape[1:] == (1,) else labels
     good = labels.shape == (len(images),) and labels.dtype.kind in "iubUS"
     if not good or not np.isin(labels, known).all():
         raise ValueError(f"{name} ({split}) has {labels.dtype} labels of shape {labels.shape}, not "
-                         f"{len(images)} whole numbers or strings of {known[:99]}")
+                         f"{len(images)} whole numbers or strings of {known[:99].tolist()}")
     labels = torch.from_numpy(np.searchsorted(known, labels))
     if only is not None:
         chosen = labels == find_label(only, classes)
@@ -344,7 +344,7 @@ def run_script(main):
 def progress(text, passing=False):
     """Print a line, in process 0. If passing, the next replaces it in a terminal, a log gets one
     every ten seconds."""
-    terminal = sys.stdout and sys.stdout.isatty()
+    terminal = bool(sys.stdout) and sys.stdout.isatty()
     if RANK == 0 and (not passing or time.monotonic() > _printed[0] + (0.1 if terminal else 10)):
         _printed[0] = time.monotonic()
         end = "\r" if terminal and passing else "\n"
@@ -364,7 +364,7 @@ def atomic(path):
             os.fsync(file.fileno())
         os.replace(part, target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         Path(part).unlink(missing_ok=True)
 
@@ -388,7 +388,7 @@ def check_outputs(outputs, inputs):
         if files(path) & taken:
             raise ValueError(f"{path} (or its labels) is used twice: choose another name")
         taken |= files(path)
-        folder = os.path.dirname(os.path.realpath(path))
+        folder = os.path.dirname(path) or "."
         if not os.access(folder, os.W_OK) or (os.path.exists(path) and not os.path.isfile(path)):
             raise ValueError(f"{path} cannot be written: no folder, no right, or no file")
 

@@ -150,8 +150,9 @@ def choose_labels(args, network, checkpoint):
         if args.label is None and not guided:
             return None
         raise ValueError(f"{args.checkpoint} knows no labels: see train.py --conditional")
-    if guided and not args.classifier and checkpoint["settings"]["label_dropout"] == 0:
-        raise ValueError(f"no --guidance: {args.checkpoint} was trained with --label-dropout 0")
+    hidden = checkpoint["settings"]["label_dropout"] > 0
+    if network.num_classes and (guided or args.classifier) and not hidden:
+        raise ValueError(f"no guidance: {args.checkpoint} was trained with --label-dropout 0")
     if args.label is not None:
         return torch.full((args.n,), data.find_label(args.label, classes))
     args.columns = args.columns or len(classes)
@@ -193,7 +194,7 @@ def load_data(args, checkpoint, split):
     if split == "train":
         same = data.fingerprint(images, labels) == checkpoint["source"]["fingerprint"]
     if not same:
-        raise ValueError(f"{args.checkpoint} was trained on other data: see --dataset")
+        raise ValueError(f"{args.checkpoint} was trained on other data: see --dataset, --data-dir")
     if args.label is not None:
         chosen = labels == data.find_label(args.label, classes)
         images, labels = images[chosen], labels[chosen]

@@ -1499,8 +1499,9 @@ class Sampling(Commands):
         for checkpoint, flags, said in (
                 ("ddpm.pt", "--label 2", "labels"), ("ddpm.pt", "--guidance 2", "labels"),
                 ("labelled.pt", "--guidance 0", "--label-dropout"), ("labelled.pt", "--label 7", "label '7'"),
-                ("labelled.pt", "--classifier ddpm.pt", "ddpm.pt.*classif"), ("linear.pt", "", "classifier"),
-                ("labelled.pt", "--classifier linear.pt", "another schedule"),
+                ("ddpm.pt", "--classifier ddpm.pt", "ddpm.pt.*classif"), ("linear.pt", "", "classifier"),
+                ("labelled.pt", "--classifier linear.pt", "--label-dropout"),
+                ("ddpm.pt", "--classifier linear.pt", "another schedule"),
                 ("ddpm.pt", "--classifier other.pt", "other.pt was trained on other data"),
                 ("ddpm.pt", "--score other.pt", "other.pt was trained on other data")):
             with self.subTest(flags):

@@ -104,7 +104,7 @@ def parse_args(argv=None):
     for fine, message in (
             (all(0 <= x < 1 for x in (args.dropout, args.ema, args.label_dropout)),
              "--dropout, --ema and --label-dropout are 0 or more, below 1"),
-            (0 < args.lr < math.inf and args.warmup >= 0 and 0 <= args.seed < 2**63,
+            (0 < args.lr < math.inf and 0 <= args.warmup < 2**63 and 0 <= args.seed < 2**63,
              "--lr is above 0, --warmup and --seed are 0 or more"),
             (args.schedule == "linear" or not has_beta, "--beta-.. are for --schedule linear"),
             (args.loss in ("vlb", "hybrid") or not learned,
@@ -164,6 +164,8 @@ class Run:
         data.check_outputs((args.out, args.log, args.preview), (args.dataset, args.init))
         images, labels, self.classes = data.load_with_classes(
             args.dataset, "train", args.data_dir, args.only)
+        if (args.conditional or args.classifier) and len(self.classes) < 2:
+            raise ValueError(f"{args.dataset} has no labels of two classes or more")
         self.images, self.labels = images.to(device), labels.to(device)
         self.part_size, self.shape = args.batch_size // parts, tuple(images.shape[1:])
         self.source = {"dataset": args.dataset, "images": len(images),
@@ -173,7 +175,7 @@ class Run:
         self.diffusion = make_diffusion(args).to(device)
         self.network = unet.to_device(unet.make_network(args, self.shape, self.classes), device)
         if args.init:
-            with data.named_errors(f"--init {args.init} needs the flags of its own network"):
+            with data.named_errors(f"--init {args.init} needs its own network's flags"):
                 self.network.load_state_dict(load_checkpoint(args.init, device, None)[2]["ema"])
         self.average = copy.deepcopy(self.network).eval()
         self.weights, self.averages = (list(n.parameters()) for n in (self.network, self.average))
@@ -193,8 +195,10 @@ class Run:
         self.loss_sum, self.skipped, self.skipped_in_a_row = torch.zeros(3, device=device)
         can_record = gpu and parts == 1 and not args.compile and args.loss in ("mse", "l1", "huber")
         self.record_at = self.done + 3 if can_record else None
-        if args.log and RANK == 0 and self.done == 0 and os.path.exists(args.log):
-            data.keep_older(args.log)
+        if args.log and RANK == 0 and os.path.exists(args.log):
+            with open(args.log) as file:
+                if self.done == 0 or not file.read().startswith("".join(self.rows)):
+                    data.keep_older(args.log)
         self.reported, self.reported_at = self.done, time.perf_counter()
         cores = f" with {torch.get_num_threads()} thread(s)" if device.type == "cpu" else ""
         size, parameters = "x".join(map(str, self.shape)), sum(w.numel() for w in self.weights)
@@ -404,8 +408,9 @@ def load_checkpoint(path, device, classifier=False):
         raise ValueError(f"no {path}: train.py makes one, assets/fashion-mnist.pt is one")
     with data.named_errors(f"{path} is no checkpoint of train.py, or damaged"):
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
-                raise ValueError("it unpacks to more than its size")
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > os.path.getsize(path) or archive.testzip():
+                raise ValueError("it unpacks to more than its size, or has a wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise ValueError(f"this train.py reads {FORMAT!r} only")
