@@ -389,12 +389,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(G):
-    """About the orthogonal matrices nearest to G (B, m, n): five steps of a polynomial that moves
-    singular values to 0.7 .. 1.2."""
+    """About the orthogonal matrices nearest to G (B, m, n): singular values become 0.7 .. 1.2."""
     if G.shape[1] > G.shape[2]:
         return orthogonal(G.mT).mT
     G = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):  # G <- 3.4445 G - 4.7750 A G + 2.0315 A A G
+    for _ in range(5):  # a polynomial: G <- 3.4445 G - 4.7750 A G + 2.0315 A A G
         A = G @ G.mT
         G = torch.baddbmm(G, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), G, beta=3.4445)
     return G
