@@ -322,6 +322,7 @@ def positive_integers(text):
 def run_script(main):
     """Run a script's main. What a person can mend is one line, no traceback."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1 x 1 convolutions
     torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed, it makes glibc reuse memory: faster
     try:
         main()

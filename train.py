@@ -49,19 +49,19 @@ def parse_args(argv=None):
     flag = parser.section("network")
     flag("--channels", 32, "at the highest resolution (paper: 128)")
     flag("--multipliers", "1,2", "of channels, by resolution (paper: 1,2,2,2)", type=counts)
-    flag("--blocks", 1, "per resolution (paper: 2)")
+    flag("--blocks", 1, "residual, per resolution (paper: 2)")
     flag("--attention", (), "at map sizes (paper: 16; default: middle alone)", type=counts)
-    flag("--heads", 1, "of the attention (paper: 1)")
+    flag("--heads", 1, "attention heads (paper: 1)")
     flag("--dropout", 0.0, "paper: 0.1")
     flag("--patch", 2, "pixels gathered along each side (paper: 1)")
     flag("--block", "resnet", "paper: resnet", choices=("resnet", "convnext"))
     flag("--embedding", "add", "of t (paper: add)", choices=("add", "scale-shift"))
     flag("--conditional", False, "learn labels, for --label and --guidance")
-    flag("--label-dropout", 0.1, "share of hidden labels, for guidance")
+    flag("--label-dropout", 0.1, "share of labels hidden, for guidance")
     flag("--classifier", False, "train a classifier of noisy images")
     flag = parser.section("optimisation")
     flag("--steps", 5500, "paper: 800,000")
-    flag("--batch-size", 64, "of all processes (paper: 128)")
+    flag("--batch-size", 64, "images a step (paper: 128)")
     flag("--accumulate", 1, "parts of a batch, to save memory")
     flag("--optimizer", "muon", "paper: adam", choices=("muon", "adam"))
     flag("--lr", None, "paper: 2e-4 (default: muon 0.01, adam 0.005)", type=float)
@@ -77,7 +77,7 @@ def parse_args(argv=None):
     flag("--out", None, "checkpoint (default: ddpm.pt, or classifier.pt)")
     flag("--save-every", 1000, "steps between checkpoints")
     flag("--slim", False, "save the averaged weights alone")
-    flag("--resume", False, "go on from --out, with its settings, exactly")
+    flag("--resume", False, "go on from --out, with its settings")
     flag("--init", None, "checkpoint to begin with the weights of")
     flag("--log", None, "CSV file of step, loss, rate, images/s")
     flag("--preview", None, "picture of 16 samples, at every checkpoint")
@@ -106,7 +106,7 @@ def parse_args(argv=None):
              "--dropout, --ema and --label-dropout are 0 or more, below 1"),
             (0 < args.lr < math.inf and 0 <= args.warmup < 2**63 and 0 <= args.seed < 2**63,
              "--lr is above 0, --warmup and --seed are 0 or more"),
-            (args.schedule == "linear" or not has_beta, "--beta-.. are for --schedule linear"),
+            (args.schedule == "linear" or not has_beta, "--beta-.. need --schedule linear"),
             (args.loss in ("vlb", "hybrid") or not learned,
              f"--loss {args.loss} does not train --variance {args.variance}: use hybrid"),
             (bool(args.only) + args.conditional + args.classifier < 2,
@@ -404,7 +404,7 @@ def load_checkpoint(path, device, classifier=False):
     UNet (x, t, y), with classifier=True a classifier (x, t), with None either; else ValueError.
     Nothing in the file is run, nothing larger than it allocated."""
     if not os.path.isfile(path):
-        raise ValueError(f"no {path}: train.py makes one, assets/fashion-mnist.pt is one")
+        raise ValueError(f"no {path}: run train.py, or use assets/fashion-mnist.pt")
     with data.named_errors(f"{path} is no checkpoint of train.py, or damaged"):
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
