@@ -310,12 +310,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_integer(text):
+    """Named for argparse's complaint."""
     if not 0 < int(text) < 2**63:
         raise ValueError
     return int(text)
 
 
 def positive_integers(text):
+    """With commas between them."""
     return tuple(map(positive_integer, text.split(",")))
 
 
