@@ -1604,8 +1604,10 @@ class WhatMustBeRefused(Commands):
 
     def test_whatever_is_done_to_a_checkpoint_it_loads_or_is_refused_by_name(self):
         self.trained("--slim")
-        load = lambda path: train.load_checkpoint(path, "cpu")
-        self.mutations("mutated.pt", Path(self.pt).read_bytes(), load, 60)
+        load, good = lambda path: train.load_checkpoint(path, "cpu"), Path(self.pt).read_bytes()
+        self.mutations("mutated.pt", good, load, 60)
+        flipped = self.path("flipped.pt", good[:65_000] + bytes([good[65_000] ^ 1]) + good[65_001:])
+        self.assertRaisesRegex(ValueError, "flipped.pt.*checksum", load, flipped)
 
 
 class SeveralProcesses(Commands):
