@@ -72,7 +72,6 @@ IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 RANK = int(os.environ.get("RANK", "0"))  # torchrun says which process this is,
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # of how many,
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # and which on this machine
-_unreachable: set = set()  # mirrors that failed: not tried again
 _printed = [-math.inf]  # when progress last did
 
 
@@ -104,8 +103,6 @@ def load_with_classes(name, split="train", root="data", only=None):
     if only is not None:
         chosen = labels == find_label(only, classes)
         images, labels = images[chosen], labels[chosen]
-        if len(images) == 0:
-            raise ValueError(f"{name} ({split}) has no image of {only!r}")
     return images, labels, classes
 
 
@@ -131,7 +128,7 @@ def load_file(path, split):
     """Images and labels of a file of yours, and the values of its labels."""
     if not companions(path) or not path.is_file():
         raise ValueError(f"no data set {path}: give {', '.join(DATASETS)}, a FILE.npy or an IDX "
-                         'file (README.md, "Your own pictures")')
+                         "file (see README.md)")
     read = read_npy if path.suffix.lower() == ".npy" else read_idx
     labels, test, test_labels = companions(path)
     has_labels, has_test = (file.is_file() and file != path for file in (labels, test))
@@ -164,8 +161,7 @@ def as_images(array, where):
     first, last = (ndim == 4 and shape[axis] in (1, 3) for axis in (1, 3))
     for wrong, instead in (
             (array.dtype != np.uint8,
-             ("x.astype(np.uint8) of 0..255, (255 * x).round().astype(np.uint8) of 0..1, "
-              "(255.0 * x / x.max()).astype(np.uint8) of more")),
+             "uint8 of 0..255; if x is in 0..1, (255 * x).round().astype(np.uint8)"),
             (ndim == 2, "x.reshape(-1, H, W)"),
             (ndim == 3 and (shape[0] == 3 or shape[2] <= 4),
              "x[None] of one colour picture, x[..., None] of grey ones"),
@@ -184,9 +180,10 @@ def find_label(text, classes):
     """The index of a class, from its name in any case or, if no name is a number, an index."""
     indices = () if any(map(str.isdecimal, classes)) else map(str, range(len(classes)))
     names = [*classes, *indices, *map(str.lower, classes)]
-    if text not in names and (text := text.lower()) not in names:
+    found = text if text in names else text.lower()
+    if found not in names:
         raise ValueError(f"no label {text!r}: use one of {', '.join(classes[:99])}")
-    return names.index(text) % len(classes)
+    return names.index(found) % len(classes)
 
 
 def fingerprint(images, labels):
@@ -256,11 +253,9 @@ def find_file(name, filename, root, read):
         try:
             if place in found:
                 return read(place)
-            if place not in _unreachable:
-                return fetch(f"{place}{filename}.gz", folders[0] / f"{filename}.gz", read)
+            return fetch(f"{place}{filename}.gz", folders[0] / f"{filename}.gz", read)
         except (OSError, ValueError) as error:
             progress(f"not used: {error}")
-            _unreachable.add(place)
     tried = ", ".join(map(str, (*folders, *dataset.mirrors)))
     raise ValueError(f"no good {filename} in {tried}. Put its .gz into {folders[0]}, or "
                      "name its folder with --data-dir")
@@ -287,7 +282,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(
             description=description, allow_abbrev=False, usage="%(prog)s [flags]",
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 36))
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28))
 
     def error(self, message):
         raise ValueError(message)
@@ -301,7 +296,9 @@ class Parser(argparse.ArgumentParser):
                 options["action"] = "store_true"
             elif "action" not in options:
                 types = {int: positive_integer, float: float}
-                options.setdefault("type", types.get(type(default), os.path.expanduser))
+                kind = options.setdefault("type", types.get(type(default), os.path.expanduser))
+                names = {int: "N", positive_integer: "N", positive_integers: "N,N", float: "F"}
+                options["metavar"] = names.get(kind)
             if type(default) in (int, float, str):
                 help += f" (default: {default})"
             group.add_argument(name, default=default, help=help, **options)

@@ -2,7 +2,6 @@
 
     python sample.py
     python sample.py --checkpoint assets/fashion-mnist.pt --label Sandal --guidance 3
-    python sample.py --sampler ddim --steps 20 --n 2000 --out s.npy --score
 """
 import math
 import time
@@ -23,17 +22,17 @@ def parse_args(argv=None):
     """The settings, checked."""
     parser, count = data.Parser(__doc__), data.positive_integer
     flag = parser.section("samples")
-    flag("--checkpoint", "ddpm.pt", "of train.py")
-    flag("--dataset", None, "where its data are now")
+    flag("--checkpoint", "ddpm.pt", "a file of train.py")
+    flag("--dataset", None, "its data, if they have moved")
     flag("--data-dir", "data", "see train.py")
-    flag("--n", None, "images (default: 64; --evaluate: all)", type=count)
-    flag("--label", None, "class, by name or index (default: all in turn)")
-    flag("--guidance", 1.0, "0: no label, above 1: more of it")
-    flag("--classifier", None, "guide by it instead")
+    flag("--n", None, "number of images (default: 64; --evaluate: all)", type=count)
+    flag("--label", None, "a class, by name or index (default: all in turn)")
+    flag("--guidance", 1.0, "0 ignores the label, above 1 exaggerates it")
+    flag("--classifier", None, "guide by this classifier")
     flag("--seed", 0, "image i depends on it and i alone", type=int)
     flag("--sampler", "ddpm", "ddpm: Algorithm 2", choices=("ddpm", "ddim"))
     flag("--steps", None, "network calls (default: T; ddim: 50)", type=count)
-    flag("--eta", 0.0, "noise of ddim; 1: ddpm's")
+    flag("--eta", 0.0, "noise of ddim, from 0 to 1 (ddpm's)")
     flag("--no-clip", False, "let x_0 leave [-1, 1], as Algorithm 2 does")
     flag("--batch-size", 256, "images at a time")
     flag("--precision", "auto", "see train.py", choices=("auto", *train.DTYPES))
@@ -41,18 +40,18 @@ def parse_args(argv=None):
     flag("--threads", None, "see train.py", type=count)
     flag = parser.section("output")
     flag("--out", None, "picture or .npy (default: samples.pgm or .ppm, and .png)")
-    flag("--columns", None, "of the grid (default: as rows, or as classes)", type=count)
-    flag("--zoom", None, "of pixels (default: to about 64 an image)", type=count)
-    flag("--trajectory", None, "8 images and predicted x_0 on the way (Figure 6)")
-    flag("--movie", None, "the way as an animated .png")
-    flag("--score", None, "Frechet distance, by a classifier (assets/)", nargs="?",
-         const=f"{data.EXCERPT}/classifier.pt")
-    flag("--nearest", None, "10 samples and the 5 nearest training images")
+    flag("--columns", None, "of the grid (default: a class each, or a square)", type=count)
+    flag("--zoom", None, "repeat pixels (default: to about 64 an image)", type=count)
+    flag("--trajectory", None, "picture of 8 chains and predicted x_0 (Figure 6)")
+    flag("--movie", None, "animated .png of the chains")
+    flag("--score", None, "Frechet distance, by a classifier (default: that in assets/)",
+         nargs="?", const=f"{data.EXCERPT}/classifier.pt")
+    flag("--nearest", None, "picture of 10 samples, and 5 training images nearest to each")
     flag = parser.section("instead of samples, of test images")
     flag("--evaluate", False, "L_simple and bits/dim")
-    flag("--forward", None, "images to noise, by Eq. 4 and, below, Eq. 2")
-    flag("--reconstruct", None, "images, their x_T by DDIM, and back")
-    flag("--interpolate", None, "two images mixed at t = T/4, T/2, 3T/4, T (Figure 8)")
+    flag("--forward", None, "picture of them becoming noise, by Eq. 4 and Eq. 2")
+    flag("--reconstruct", None, "picture of them, their x_T by DDIM, and back")
+    flag("--interpolate", None, "picture of two, mixed at t = T/4, T/2, 3T/4, T (Figure 8)")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**63 or not math.isfinite(args.guidance):
         raise ValueError("--seed is 0 or more, --guidance finite")
