@@ -72,7 +72,7 @@ IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 RANK = int(os.environ.get("RANK", "0"))  # torchrun says which process this is,
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # of how many,
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # and which on this machine
-_printed = [-math.inf]  # when progress last did
+_printed = [-math.inf]  # when progress last printed
 
 
 def load_dataset(name, split="train", root="data"):
@@ -307,7 +307,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_integer(text):
-    """Named for argparse's complaint."""
+    """argparse's complaint names it."""
     if not 0 < int(text) < 2**63:
         raise ValueError
     return int(text)

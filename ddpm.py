@@ -4,10 +4,10 @@ In the paper's order; later papers' additions follow, under their names.
 
     t      1..T as in the paper: a whole number, or a tensor (B,)
     x      images, float32 (B, C, H, W) in [-1, 1]
-    model  a callable (x_t, t) -> output, with t (B,) int64; labels are bound beforehand
+    model  a callable (x_t, t) -> output, with t (B,) int64; any labels are already in it
 
-Tables (T+1,) have clean data at index 0, beta_0 = 0 and alpha_bar_0 = 1, and are indexed by the
-paper's t. They are made in float64: in float32, 1 - 0.9999 is wrong by 0.017%.
+Tables (T+1,) are indexed by the paper's t; 0 is clean data, beta_0 = 0 and alpha_bar_0 = 1.
+They are made in float64: in float32, 1 - 0.9999 is wrong by 0.017%.
 """
 import copy
 import math
@@ -37,7 +37,7 @@ def at(table, t, x):
     if type(t) is int and 1 <= t <= T:  # saves a copy to the GPU
         return table[t].view([1] * x.ndim)
     t = torch.as_tensor(t)
-    outside = t.is_cpu and ((t < 1) | (t > T)).any()  # on a GPU, asking is waiting
+    outside = t.is_cpu and ((t < 1) | (t > T)).any()  # on a GPU, this would wait
     if outside or t.is_floating_point():
         raise ValueError(f"t must be whole numbers in 1..{T}, not {t.tolist()}")
     return table[t.long()].view(-1, *[1] * (x.ndim - 1))
@@ -93,8 +93,8 @@ class GaussianDiffusion(torch.nn.Module):
         alpha = after / before
         beta = 1 - alpha
         beta_tilde = (1 - before) / (1 - after) * beta  # Eq. 7
-        # beta_tilde_1 = 0 has no logarithm, and Eq. 13 divides by sigma_1: beta_tilde_2 stands in,
-        # for beta_1 too, as in Ho's code. Samples add no noise at t = 1.
+        # sigma_1 is for Eq. 13 alone, which divides by it. beta_tilde_1 = 0, so beta_tilde_2 stands
+        # in, for beta_1 too, as in Ho's code.
         stand_in = beta_tilde[1:2] if self.timesteps > 1 else beta
         fixed = beta if self.variance == "beta" else beta_tilde
         tables = {
@@ -131,7 +131,7 @@ class GaussianDiffusion(torch.nn.Module):
 
     # ---- Algorithm 1: training
     def training_losses(self, model, x_0, t=None, noise=None):
-        """Algorithm 1 for x_0 ~ q(x_0) (line 2), t (B,) and noise drawn unless given -> (B,)."""
+        """Algorithm 1 for x_0 ~ q(x_0) (line 2) -> losses (B,). t (B,), noise: drawn if None."""
         if t is None:  # 3: t ~ Uniform({1, ..., T})
             t = torch.randint(1, self.timesteps + 1, (len(x_0),), device=x_0.device)
         t = torch.as_tensor(t, device=x_0.device).long().expand(len(x_0))
@@ -166,7 +166,7 @@ class GaussianDiffusion(torch.nn.Module):
 
     def predict(self, output, x_t, t, clip=True):
         """The output as (eps, x_0). clip: x_0 to [-1, 1], as Ho's code does but not Algorithm 2.
-        It helps: Eq. 15 multiplies an error of eps_theta by noise / signal, 157 at t = 1000."""
+        It helps: Eq. 15 multiplies an error of eps_theta by noise / signal, 157 at Ho's t = T."""
         prediction, _ = self.split(output, x_t)
         signal = at(self.alpha_bar, t, x_t).sqrt()
         noise = at(self.one_minus_alpha_bar, t, x_t).sqrt()  # Eq. 4: x_t = signal x_0 + noise eps
@@ -186,7 +186,7 @@ class GaussianDiffusion(torch.nn.Module):
         x_0, which can be clipped. If it is not, this is Eq. 11 (by Eqs. 9, 10),
         (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_t)."""
         _, x_0 = self.predict(output, x_t, t, clip)  # Eq. 15
-        mean, _ = self.q_posterior(x_0, x_t, t)  # Eq. 7, hence Eq. 11
+        mean, _ = self.q_posterior(x_0, x_t, t)  # Eq. 7
         return mean, self.log_variance(output, x_t, t).exp(), x_0
 
     def log_variance(self, output, x_t, t):
@@ -215,7 +215,7 @@ class GaussianDiffusion(torch.nn.Module):
             z = draw() if t > 1 else 0          # 3: z ~ N(0, I)
             output = model(x_t, torch.full((len(x_t),), t, device=x_t.device))
             mean, variance, x_0 = self.p_mean_variance(output, x_t, t, clip)
-            x_t = mean + variance.sqrt() * z    # 4: x_{t-1}, by Eq. 11
+            x_t = mean + variance.sqrt() * z    # 4: mu_theta + sigma_t z
             yield t - 1, x_t, x_0               # 5: end for
 
     # ---- Sections 3 and 4: the bound, interpolation
@@ -244,7 +244,7 @@ class GaussianDiffusion(torch.nn.Module):
         mean, _, _ = self.p_mean_variance(output, x_t, t, clip)
         log_variance = self.log_variance(output, x_t, t)
         log_ratio = at(self.log_posterior_variance, t, x_t) - log_variance
-        distance = (true_mean - mean) ** 2 * (-log_variance).exp() / 2  # Eq. 8; if not clip, Eq. 12
+        distance = (true_mean - mean) ** 2 * (-log_variance).exp() / 2  # Eq. 8; Eq. 12 if not clip
         nats = (distance + (torch.expm1(log_ratio) - log_ratio) / 2).flatten(1).mean(1)
         first = torch.as_tensor(t, device=x_t.device).expand(len(x_t)) == 1
         if first.any():
@@ -256,7 +256,7 @@ class GaussianDiffusion(torch.nn.Module):
     @staticmethod
     def decoder_log_likelihood(x_0, mean, variance):
         """log p_theta(x_0 | x_1) per value, for x_0 of 256 levels (Eq. 13): the Gaussian's integral
-        over a level's bin, mirrored into the lower tail, where log_ndtr is exact."""
+        over a level's bin, from its log CDF, log_ndtr, on the side where that is exact."""
         x, mean, sigma = (v.cpu().double() for v in (x_0, mean, variance.sqrt()))
         lower = torch.where(x < -0.999, -torch.inf, (x - 1 / 255 - mean) / sigma)
         upper = torch.where(x > 0.999, torch.inf, (x + 1 / 255 - mean) / sigma)
@@ -281,7 +281,7 @@ class GaussianDiffusion(torch.nn.Module):
 
     # ---- DDIM (Song, Meng, Ermon 2020, 2010.02502)
     def visited_times(self, steps):
-        """The steps + 1 ends of `steps` strides, from T down to 0."""
+        """Where `steps` strides from T down to 0 begin and end, steps + 1 times."""
         if steps not in range(1, self.timesteps + 1):
             raise ValueError(f"steps must be whole, in 1..{self.timesteps}, not {steps}")
         return np.linspace(self.timesteps, 0, int(steps) + 1).round().astype(int).tolist()
@@ -312,8 +312,8 @@ class GaussianDiffusion(torch.nn.Module):
 
     @torch.no_grad()
     def ddim_invert(self, model, x_0, steps=50):
-        """An x_T from which ddim_sample (eta=0) draws x_0, by its ODE (DDIM Eq. 14). A step s -> t
-        takes eps at t, as 0 was never trained. The error falls as 1 / steps."""
+        """An x_T from which ddim_sample (eta=0) draws x_0: DDIM backwards (DDIM Eq. 14). A step
+        s -> t takes eps at t: there is none at 0. The error falls as 1 / steps."""
         x_s = x_0
         for s, t in pairwise(self.visited_times(steps)[::-1]):
             bar_s = float(self.exact_alpha_bar[s])
@@ -326,7 +326,7 @@ class GaussianDiffusion(torch.nn.Module):
     # ---- iDDPM (Nichol & Dhariwal 2021, 2102.09672)
     def other_losses(self, output, x_0, x_t, t, eps):
         """vlb: T L_{t-1}, whose mean over t is the bound without L_T. hybrid: L_simple + 0.001 vlb,
-        which trains the variance alone (iDDPM Eq. 16)."""
+        where vlb trains only the variance (iDDPM Eq. 16)."""
         if self.loss == "vlb":
             return self.timesteps * self.vlb_terms(output, x_0, x_t, t, clip=False)
         prediction, channels = self.split(output, x_t)

@@ -1,4 +1,4 @@
-"""Algorithm 2 from a checkpoint; pictures; how good it is.
+"""Algorithm 2 from a checkpoint: images, and how good they are.
 
     python sample.py
     python sample.py --checkpoint assets/fashion-mnist.pt --label Sandal --guidance 3
@@ -15,24 +15,24 @@ from data import RANK, WORLD, progress
 from ddpm import classifier_free_guidance, classifier_guidance, important_times, respace
 
 BLOCK = 64  # images that share a stream of random numbers
-FEW = 100  # images of which --evaluate takes all T terms
+FEW = 100  # below it, --evaluate takes all T terms
 
 
 def parse_args(argv=None):
     """The settings, checked."""
     parser, count = data.Parser(__doc__), data.positive_integer
     flag = parser.section("samples")
-    flag("--checkpoint", "ddpm.pt", "a file of train.py")
-    flag("--dataset", None, "its data, if they have moved")
+    flag("--checkpoint", "ddpm.pt", "what train.py wrote")
+    flag("--dataset", None, "training data, if they moved")
     flag("--data-dir", "data", "see train.py")
     flag("--n", None, "number of images (default: 64; --evaluate: all)", type=count)
     flag("--label", None, "a class, by name or index (default: all in turn)")
     flag("--guidance", 1.0, "0 ignores the label, above 1 exaggerates it")
     flag("--classifier", None, "guide by this classifier")
-    flag("--seed", 0, "image i depends on it and i alone", type=int)
-    flag("--sampler", "ddpm", "ddpm: Algorithm 2", choices=("ddpm", "ddim"))
+    flag("--seed", 0, "same seed, same images, for any --n", type=int)
+    flag("--sampler", "ddpm", "Algorithm 2, or DDIM's fewer steps", choices=("ddpm", "ddim"))
     flag("--steps", None, "network calls (default: T; ddim: 50)", type=count)
-    flag("--eta", 0.0, "noise of ddim, from 0 to 1 (ddpm's)")
+    flag("--eta", 0.0, "ddim's noise: 0 none, 1 as in ddpm")
     flag("--no-clip", False, "let x_0 leave [-1, 1], as Algorithm 2 does")
     flag("--batch-size", 256, "images at a time")
     flag("--precision", "auto", "see train.py", choices=("auto", *train.DTYPES))
@@ -40,18 +40,18 @@ def parse_args(argv=None):
     flag("--threads", None, "see train.py", type=count)
     flag = parser.section("output")
     flag("--out", None, "picture or .npy (default: samples.pgm or .ppm, and .png)")
-    flag("--columns", None, "of the grid (default: a class each, or a square)", type=count)
-    flag("--zoom", None, "repeat pixels (default: to about 64 an image)", type=count)
+    flag("--columns", None, "of the grid (default: one a class, or a square)", type=count)
+    flag("--zoom", None, "repeat pixels (default: to about 64 a side)", type=count)
     flag("--trajectory", None, "picture of 8 chains and predicted x_0 (Figure 6)")
     flag("--movie", None, "animated .png of the chains")
     flag("--score", None, "Frechet distance, by a classifier (default: that in assets/)",
          nargs="?", const=f"{data.EXCERPT}/classifier.pt")
     flag("--nearest", None, "picture of 10 samples, and 5 training images nearest to each")
-    flag = parser.section("instead of samples, of test images")
+    flag = parser.section("with test images, instead of samples")
     flag("--evaluate", False, "L_simple and bits/dim")
     flag("--forward", None, "picture of them becoming noise, by Eq. 4 and Eq. 2")
     flag("--reconstruct", None, "picture of them, their x_T by DDIM, and back")
-    flag("--interpolate", None, "picture of two, mixed at t = T/4, T/2, 3T/4, T (Figure 8)")
+    flag("--interpolate", None, "picture of two, mixed at t = T/4, T/2, 3T/4, T (Figures 8, 9)")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**63 or not math.isfinite(args.guidance):
         raise ValueError("--seed is 0 or more, --guidance finite")
@@ -102,7 +102,7 @@ def chain(args, diffusion, model, x_T, noise):
 
 
 def noise_of_images(args, start, size):
-    """-> noise(shape) for images start, .. from whole blocks, whatever --n and --batch-size are."""
+    """-> noise(shape) for images start, .., the same whatever --n and --batch-size are."""
     generators = [torch.Generator(args.device).manual_seed(train.random_stream(args.seed, block))
                   for block in range(start // BLOCK, math.ceil((start + size) / BLOCK))]
 
@@ -159,7 +159,7 @@ def choose_labels(args, network, checkpoint):
 
 
 def write(args, pixels, labels, frames):
-    """The files that samples and their frames go to."""
+    """Write the samples and their frames to files."""
     for path in args.out:
         if not path.lower().endswith(".npy"):
             data.save_image(path, pixels, args.columns, zoom=args.zoom)
@@ -235,7 +235,7 @@ def other_pictures(args, network, diffusion, checkpoint):
 
 
 def draw_nearest(args, pixels, known, test):
-    """--nearest: are samples nearer to training images than test images?"""
+    """--nearest: how near samples and test images are to training images."""
     N = min(len(pixels), 500)
     x = torch.cat([pixels[:N], test[:500]]).flatten(1).float()
     distances = [torch.cdist(x, part.flatten(1).float()) for part in known.split(5000)]
@@ -292,7 +292,7 @@ def evaluate(args, network, diffusion, checkpoint, images, labels):
 
 
 def chosen_times(T, B, every, device):
-    """Yields t (B,), weight (B,) for sums over 1..T: 1, and all of 2..T, or four at random."""
+    """Yields t (B,), weight (B,) to sum over 1..T: t = 1, then all others, or four of them."""
     ones = torch.ones(B, device=device)
     yield ones.long(), ones
     if every or T == 1:

@@ -221,13 +221,6 @@ class Section2ForwardProcess(unittest.TestCase):
 
 
 class Algorithm1Training(unittest.TestCase):
-    def test_algorithms_1_and_2_stand_plainly_with_the_papers_line_numbers_and_no_branch(self):
-        for name, lines in (("training_losses", "345"), ("sample_steps", "12345"), ("sample", "6")):
-            source = inspect.getsource(getattr(GaussianDiffusion, name))
-            self.assertEqual("".join(re.findall(r"# (\d)\b", source)), lines)
-        tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(GaussianDiffusion.sample_steps)))
-        self.assertFalse({type(node) for node in ast.walk(tree)} & {ast.If, ast.Try, ast.While, ast.Match})
-
     def test_l_simple_is_the_mean_squared_error_of_eps(self):
         x_0, eps, t = noise(4, 2, 3, 3), noise(4, 2, 3, 3, seed=1), torch.tensor([1, 2, 10, 20])
         bar, calls = torch.from_numpy(SHORT.alpha_bar)[t][:, None, None, None], []
@@ -1671,6 +1664,13 @@ class TheReadme(Commands):
         small = (*self.new[:6], "--multipliers", "1,2", *CPU, *("--only", "1") * ("--only" in argv))
         for steps, flags, path in [(1, plain, start)] * (plain != argv) + [(2, argv, out)]:
             self.runs(train, *flags, *small, "--steps", steps, "--out", path)
+
+    def test_algorithms_1_and_2_stand_plainly_with_the_papers_line_numbers_and_no_branch(self):
+        for name, lines in (("training_losses", "345"), ("sample_steps", "12345"), ("sample", "6")):
+            source = inspect.getsource(getattr(GaussianDiffusion, name))
+            self.assertEqual("".join(re.findall(r"# (\d)\b", source)), lines)
+        tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(GaussianDiffusion.sample_steps)))
+        self.assertFalse({type(node) for node in ast.walk(tree)} & {ast.If, ast.Try, ast.While, ast.Match})
 
     def test_every_test_name_flag_and_picture_in_the_readme_exists(self):
         known, here = set(), Path(__file__).parent

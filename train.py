@@ -1,8 +1,8 @@
-"""Algorithm 1 on real data, into ddpm.pt, from which sample.py draws.
+"""Algorithm 1 on real data. sample.py draws from its checkpoint, ddpm.pt.
 
     python train.py                             Fashion-MNIST, in minutes on a laptop
     python train.py --resume                    go on after Ctrl-C, a crash, a reboot
-    torchrun --nproc-per-node=8 -- train.py     the same on eight GPUs
+    torchrun --nproc-per-node=8 -- train.py     on eight GPUs (untested)
 """
 import copy
 import math
@@ -34,10 +34,10 @@ def parse_args(argv=None):
     parser = data.Parser(__doc__)
     choices, count, counts = ddpm.CHOICES, data.positive_integer, data.positive_integers
     flag = parser.section("data")
-    flag("--dataset", "fashion-mnist", "or mnist, cifar10, a FILE.npy, an IDX file")
+    flag("--dataset", "fashion-mnist", "also mnist, cifar10, FILE.npy or an IDX file")
     flag("--data-dir", "data", "where the data are, or are downloaded to")
     flag("--only", None, "train on one class, by name or index")
-    flag("--flip", None, "mirror half of them (default: for cifar10)", action=BooleanOptionalAction)
+    flag("--flip", None, "mirror half the images (cifar10: on)", action=BooleanOptionalAction)
     flag = parser.section("diffusion")
     flag("--timesteps", 1000, "T (paper: 1000)")
     flag("--schedule", None, "paper: linear (default: cosine)", choices=("cosine", "linear"))
@@ -50,7 +50,7 @@ def parse_args(argv=None):
     flag("--channels", 32, "at the highest resolution (paper: 128)")
     flag("--multipliers", "1,2", "of --channels, by resolution (paper: 1,2,2,2)", type=counts)
     flag("--blocks", 1, "residual blocks per resolution (paper: 2)")
-    flag("--attention", (), "sizes of maps that get it (paper: 16; default: middle)", type=counts)
+    flag("--attention", (), "sizes of maps with it, besides the middle (paper: 16)", type=counts)
     flag("--heads", 1, "attention heads (paper: 1)")
     flag("--dropout", 0.0, "share of values set to 0 (paper: 0.1)")
     flag("--patch", 2, "work on N x N pixels at once (paper: 1)")
@@ -62,13 +62,13 @@ def parse_args(argv=None):
     flag = parser.section("optimisation")
     flag("--steps", 5500, "when to stop (paper: 800,000)")
     flag("--batch-size", 64, "images in a step (paper: 128)")
-    flag("--accumulate", 1, "parts of a batch, to save memory")
+    flag("--accumulate", 1, "batch in N parts, to save memory")
     flag("--optimizer", "muon", "paper: adam", choices=("muon", "adam"))
     flag("--lr", None, "learning rate (paper: 2e-4; default: muon 0.01, adam 0.005)", type=float)
     flag("--warmup", 100, "steps in which the rate rises to --lr; then it falls to 0", type=int)
     flag("--ema", 0.999, "decay of the averaged weights (paper: 0.9999)")
     flag("--precision", "auto", "auto: bf16 if fast here; paper: fp32", choices=("auto", *DTYPES))
-    flag("--compile", False, "torch.compile it: a minute's wait")
+    flag("--compile", False, "torch.compile: takes a minute")
     flag("--checkpointing", False, "compute blocks twice, to save memory")
     flag("--seed", 0, "of everything random", type=int)
     flag("--device", None, "cpu, cuda, cuda:1 or mps (default: the best)")
@@ -78,7 +78,7 @@ def parse_args(argv=None):
     flag("--save-every", 1000, "steps between checkpoints")
     flag("--slim", False, "save the averaged weights alone: no --resume")
     flag("--resume", False, "go on from --out, with its settings")
-    flag("--init", None, "checkpoint whose weights to start with")
+    flag("--init", None, "start from this checkpoint's weights")
     flag("--log", None, "CSV file of step, loss, rate, images/s")
     flag("--preview", None, "picture of 16 samples, at every checkpoint")
 
@@ -148,8 +148,8 @@ def train(args):
 
 class Run:
     """A training in progress. Random numbers come from (seed, step, part of the batch): a resumed
-    run does what it would have done, and N processes what --accumulate N does. A step asks the
-    device for no number (but for the decoder's, in the bound), so a GPU is never idle."""
+    run does what it would have done, and N processes what --accumulate N does. A step waits
+    for no number from the device, but for the decoder's (in vlb and hybrid)."""
 
     def __init__(self, args):
         self.args, self.device, self.done, self.own_file = args, pick_device(args.device), 0, None
@@ -212,7 +212,7 @@ class Run:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 self.add_gradient(last=True)
-            self.add_gradient = lambda last: graph.replay()  # draws from the seed set before
+            self.add_gradient = lambda last: graph.replay()  # draws from the seed set below
         parts = self.args.accumulate
         for k in range(parts):
             torch.manual_seed(random_stream(self.args.seed, self.done, RANK * parts + k))
@@ -220,7 +220,7 @@ class Run:
         self.done += 1
 
     def add_gradient(self, last):
-        """The gradient of a part of the batch; after the last, the step along it."""
+        """Add the gradient of a part of the batch; after the last, descend."""
         if WORLD > 1:
             self.model.require_backward_grad_sync = last  # average over processes at the end
         x_0, y = self.batch()  # 2: x_0 ~ q(x_0)
@@ -261,7 +261,7 @@ class Run:
 
     @torch.no_grad()
     def descend(self):
-        """A step along the gradient, clipped to norm 1; none if it is not finite. Then the EMA."""
+        """Descend by the gradient, clipped to norm 1, unless it is not finite. Then the EMA."""
         args, n = self.args, self.n
         rate = torch.minimum((n + 1) / (args.warmup + 1),  # up, then down to 0
                              (args.steps - n) / max(args.steps - args.warmup, 1))
@@ -359,7 +359,7 @@ def make_optimizers(network, lr, muon):
     for name, w in network.named_parameters():
         inner = w.ndim == 4 and w.shape[1] > 1 and "conv_in" not in name and "conv_out" not in name
         (by_muon if muon and inner else by_adam).append(w)
-    # beta_2 = 0.99: Adam's 0.999 would average over most of a run of minutes.
+    # beta_2 = 0.99: Adam's 0.999 averages over 1000 steps, which is slow here.
     adam = torch.optim.Adam(by_adam, lr, (0.9, 0.99), fused=True, capturable=lr.is_cuda)
     return [adam, Muon(by_muon, {"lr": lr})] if by_muon else [adam]
 
@@ -389,7 +389,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(G):
-    """About the orthogonal matrices nearest to G (B, m, n): singular values become 0.7 .. 1.2."""
+    """Almost orthogonal matrices near G (B, m, n): singular values become 0.7 .. 1.2."""
     if G.shape[1] > G.shape[2]:
         return orthogonal(G.mT).mT
     G = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -400,8 +400,8 @@ def orthogonal(G):
 
 
 def load_checkpoint(path, device, classifier=False):
-    """-> (model with EMA weights, in eval mode; diffusion; the checkpoint's dict). The model is a
-    UNet (x, t, y), with classifier=True a classifier (x, t), with None either; else ValueError.
+    """-> (model with EMA weights, in eval mode; diffusion; the checkpoint's dict). classifier:
+    False asks for a UNet (x, t, y), True for a classifier (x, t), None for either; else ValueError.
     Nothing in the file is run, nothing larger than it allocated."""
     if not os.path.isfile(path):
         raise ValueError(f"no {path}: run train.py, or use assets/fashion-mnist.pt")
@@ -433,7 +433,7 @@ def make_diffusion(args):
     T, start, end = args.timesteps, args.beta_start, args.beta_end
     if args.schedule == "cosine":
         betas = ddpm.cosine_beta_schedule(T)
-    else:  # without ends, the paper's, scaled so that x_T is noise for any T
+    else:  # by default the paper's, scaled so that x_T is noise for any T
         betas = ddpm.linear_beta_schedule(
             T, 0.1 / T if start is None else start, 20 / T if end is None else end)
     return ddpm.GaussianDiffusion(betas, args.prediction, args.variance, args.loss)

@@ -35,7 +35,7 @@ def group_norm(channels):
 
 
 def zero_init(layer):
-    """Zero a layer, so that the block it ends starts as the identity."""
+    """Zero the last layer of a block: at first, the block is the identity."""
     for w in layer.parameters():
         nn.init.zeros_(w)
     return layer
@@ -138,7 +138,7 @@ class Embedding(nn.Module):
             emb = emb + (self.labels.weight[-1] if y is None else self.labels(y))
         elif y is not None:
             raise ValueError("y is given to a network without labels")
-        return F.silu(emb)  # in the paper, each block begins with it
+        return F.silu(emb)  # in Ho's code, each block begins with it
 
 
 class Encoder(nn.Module):
@@ -159,8 +159,8 @@ class UNet(nn.Module):
     """epsilon_theta(x_t, t, y). UNet() is what train.py builds with no flag.
 
     Level l has channels * multipliers[l] channels and 1 / 2^l of the size. `attention` lists map
-    sizes, for images of image_size; the middle always has it. scale_shift: by t, which is else
-    added. checkpointing: compute blocks twice, to save memory.
+    sizes, for images of image_size; the middle always has it. scale_shift: t scales and
+    shifts, or is added. checkpointing: compute blocks twice, to save memory.
     """
     def __init__(self, in_channels=1, out_channels=None, image_size=28, patch=2, channels=32,
                  multipliers=(1, 2), blocks=1, attention=(), heads=1, dropout=0.0, convnext=False,
@@ -264,6 +264,6 @@ def make_network(args, shape, classes):
 
 
 def to_device(network, device):
-    """The network there, with convolutions laid out as a GPU takes them."""
+    """The network on a device, convolutions in the layout that GPUs like."""
     gpu = torch.device(device).type == "cuda"
     return network.to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
