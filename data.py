@@ -1,4 +1,4 @@
-"""Pixels in, pixels out: IDX, CIFAR-10 and .npy files become uint8 tensors, images become pictures.
+"""Pixels in, pixels out: IDX, CIFAR-10 and .npy files become uint8 tensors, tensors become images.
 No pickle is loaded, no download trusted before its checksum; a damaged file is a ValueError."""
 import argparse
 import contextlib
@@ -25,9 +25,9 @@ import torch
 class Dataset(NamedTuple):
     """What a data set is and where it comes from."""
     classes: tuple  # names of the labels 0, 1, ..
-    mirrors: tuple  # addresses of the folders on the web
+    mirrors: tuple  # folders on the web
     files: dict  # split -> ((name, SHA-256 unzipped or CIFAR-10's MD5), ..)
-    folders: tuple = ()  # where else to look, relative to --data-dir
+    folders: tuple = ()  # elsewhere, or under --data-dir
     flip: bool = False  # whether a mirrored image is as good
 
 
@@ -107,7 +107,7 @@ def load_with_classes(name, split="train", root="data", only=None):
 
 
 def load_known(name, split, root):
-    """Images and labels of one of DATASETS, or else of the tenth of Fashion-MNIST in assets/."""
+    """Images and labels of one of DATASETS, or of the tenth of Fashion-MNIST in assets/."""
     files = DATASETS[name].files[split]
     if name == "cifar10":
         filename, md5 = files[0]
@@ -187,7 +187,7 @@ def find_label(text, classes):
 
 
 def fingerprint(images, labels):
-    """A hash of a data set's content, wherever it lies."""
+    """A hash of all labels and of up to 1000 images."""
     some = images[torch.linspace(0, len(images) - 1, min(len(images), 1000)).long()]
     content = some.numpy().tobytes() + labels.numpy().tobytes()
     return hashlib.sha256(f"{tuple(images.shape)}".encode() + content).hexdigest()[:16]
@@ -307,7 +307,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_integer(text):
-    """argparse's complaint names it."""
+    """argparse's errors show its name."""
     if not 0 < int(text) < 2**63:
         raise ValueError
     return int(text)
@@ -342,7 +342,7 @@ def run_script(main):
 
 
 def progress(text, passing=False):
-    """Print a line, in process 0. If passing, the next replaces it in a terminal, a log gets one
+    """Print a line, in process 0. If passing, the next replaces it in a terminal; a log gets one
     every ten seconds."""
     terminal = bool(sys.stdout) and sys.stdout.isatty()
     if RANK == 0 and (not passing or time.monotonic() > _printed[0] + (0.1 if terminal else 10)):

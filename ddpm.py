@@ -37,7 +37,7 @@ def at(table, t, x):
     if type(t) is int and 1 <= t <= T:  # saves a copy to the GPU
         return table[t].view([1] * x.ndim)
     t = torch.as_tensor(t)
-    outside = t.is_cpu and ((t < 1) | (t > T)).any()  # on a GPU, this would wait
+    outside = t.is_cpu and ((t < 1) | (t > T)).any()  # not on a GPU: it would wait
     if outside or t.is_floating_point():
         raise ValueError(f"t must be whole numbers in 1..{T}, not {t.tolist()}")
     return table[t.long()].view(-1, *[1] * (x.ndim - 1))
@@ -59,10 +59,10 @@ class GaussianDiffusion(torch.nn.Module):
                 "v" (Salimans & Ho 2022, 2202.00512)
     variance    "beta" or "posterior" (Section 3.2), or from C more output channels:
                 "learned" (log sigma_t^2), "learned_range" (iDDPM Eq. 15)
-    loss        "mse" (L_simple, Eq. 14), "l1", "huber", "vlb" (the bound, Eq. 5); for a learned
-                variance "hybrid" (iDDPM Eq. 16) or "vlb"
+    loss        "mse" (L_simple, Eq. 14), "l1", "huber", "vlb" (the bound, Eq. 5), "hybrid"
+                (iDDPM Eq. 16): only these two train a variance
 
-    ValueError for anything else. Its float32 tables (T+1,) move with .to(device)."""
+    ValueError for other names. Its float32 tables (T+1,) move with .to(device)."""
 
     def __init__(self, betas, prediction="eps", variance="beta", loss="mse"):
         super().__init__()
@@ -256,7 +256,7 @@ class GaussianDiffusion(torch.nn.Module):
     @staticmethod
     def decoder_log_likelihood(x_0, mean, variance):
         """log p_theta(x_0 | x_1) per value, for x_0 of 256 levels (Eq. 13): the Gaussian's integral
-        over a level's bin, from its log CDF, log_ndtr, on the side where that is exact."""
+        over a level's bin, from its log CDF, log_ndtr, mirrored to where that is exact."""
         x, mean, sigma = (v.cpu().double() for v in (x_0, mean, variance.sqrt()))
         lower = torch.where(x < -0.999, -torch.inf, (x - 1 / 255 - mean) / sigma)
         upper = torch.where(x > 0.999, torch.inf, (x + 1 / 255 - mean) / sigma)
@@ -281,7 +281,7 @@ class GaussianDiffusion(torch.nn.Module):
 
     # ---- DDIM (Song, Meng, Ermon 2020, 2010.02502)
     def visited_times(self, steps):
-        """Where `steps` strides from T down to 0 begin and end, steps + 1 times."""
+        """Evenly spaced t, from T down to 0: the ends of `steps` strides."""
         if steps not in range(1, self.timesteps + 1):
             raise ValueError(f"steps must be whole, in 1..{self.timesteps}, not {steps}")
         return np.linspace(self.timesteps, 0, int(steps) + 1).round().astype(int).tolist()
@@ -350,8 +350,8 @@ def cosine_beta_schedule(timesteps=1000, s=0.008, beta_min=0.0, beta_max=0.999):
 
 
 def important_times(T, n, device, first=1):
-    """t (n,) in first..T, drawn with p_t in proportion to 1/t + 5/T, about as the bound's terms
-    fall, and weights 1 / (T p_t) (n,) that undo it (after iDDPM Section 3.3)."""
+    """t (n,) in first..T, drawn with p_t in proportion to 1/t + 5/T, roughly like the bound's
+    terms, and weights 1 / (T p_t) (n,) that undo it (after iDDPM Section 3.3)."""
     likely = 1 / torch.arange(first, T + 1, device=device) + 5 / T
     k = torch.multinomial(likely, n, replacement=True)
     return first + k, likely.sum() / (T * likely[k])
@@ -384,7 +384,7 @@ def respace(diffusion, model, steps):
 
 def classifier_free_guidance(network, y, scale, null):
     """network(x_t, t, y) -> a model: eps(null) + scale (eps(y) - eps(null)), in one call (Ho &
-    Salimans Eq. 6, scale = 1 + w). null is no label; scale 0 unconditional, 1 conditional."""
+    Salimans Eq. 6, scale = 1 + w). null: "no label"; scale 0 unconditional, 1 conditional."""
     def model(x_t, t):
         both = torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null)])
         with_y, without = network(*both).chunk(2)

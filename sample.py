@@ -40,17 +40,17 @@ def parse_args(argv=None):
     flag("--threads", None, "see train.py", type=count)
     flag = parser.section("output")
     flag("--out", None, "picture or .npy (default: samples.pgm or .ppm, and .png)")
-    flag("--columns", None, "of the grid (default: one a class, or a square)", type=count)
-    flag("--zoom", None, "repeat pixels (default: to about 64 a side)", type=count)
+    flag("--columns", None, "of the grid (default: one per class, or square)", type=count)
+    flag("--zoom", None, "enlarge N times (default: to about 64 x 64)", type=count)
     flag("--trajectory", None, "picture of 8 chains and predicted x_0 (Figure 6)")
     flag("--movie", None, "animated .png of the chains")
-    flag("--score", None, "Frechet distance, by a classifier (default: that in assets/)",
+    flag("--score", None, "Frechet distance, by a classifier (default: in assets/)",
          nargs="?", const=f"{data.EXCERPT}/classifier.pt")
-    flag("--nearest", None, "picture of 10 samples, and 5 training images nearest to each")
+    flag("--nearest", None, "10 samples, each with its 5 nearest training images")
     flag = parser.section("with test images, instead of samples")
     flag("--evaluate", False, "L_simple and bits/dim")
     flag("--forward", None, "picture of them becoming noise, by Eq. 4 and Eq. 2")
-    flag("--reconstruct", None, "picture of them, their x_T by DDIM, and back")
+    flag("--reconstruct", None, "picture of them, x_T by DDIM, and back (100 steps)")
     flag("--interpolate", None, "picture of two, mixed at t = T/4, T/2, 3T/4, T (Figures 8, 9)")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**63 or not math.isfinite(args.guidance):
@@ -75,10 +75,12 @@ def draw(args, network, classifier, diffusion, shape, labels):
         x_T = noise((size, *shape))
         if args.device.type == "cuda" and not classifier:
             model = recorded(model, x_T)
-        for k, (t, x_t, x_0) in enumerate(chain(args, diffusion, model, x_T, noise)):
+        for k, (_, x_t, x_0) in enumerate(chain(args, diffusion, model, x_T, noise)):
             if start == 0 and k in np.linspace(0, args.steps, 41).round():
                 frames.append(data.to_pixels(torch.stack([x_t, x_0], 1)[:64]).cpu())
-            progress(f"{start} of {args.n} images drawn, more at t = {t}", passing=True)
+            if done := (start + size * k / args.steps) / args.n:
+                left = (time.perf_counter() - began) * (1 / done - 1)
+                progress(f"{done:.0%} of {args.n} images drawn, {left:.0f} s left", passing=True)
         if not torch.isfinite(x_t).all():
             raise ValueError(f"{args.checkpoint} draws no finite numbers; try --precision fp32")
         pixels[start:start + size] = data.to_pixels(x_t)
@@ -124,7 +126,7 @@ def guided_model(args, network, classifier, diffusion, y):
 
 
 def recorded(model, x_T):
-    """The model as a CUDA graph: small kernels take longer to launch than to run."""
+    """The model as a CUDA graph, as in train.py."""
     x, t = x_T.clone(), x_T.new_ones(len(x_T)).long()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -186,7 +188,7 @@ def save_rows(args, path, rows):
 
 
 def load_data(args, checkpoint, split):
-    """The checkpoint's data (of --label): images, labels. ValueError if they have changed."""
+    """The checkpoint's data, only of --label if given: images, labels. ValueError if changed."""
     images, labels, classes = data.load_with_classes(
         args.dataset, split, args.data_dir, checkpoint["settings"]["only"])
     same = (images.shape[1:], classes) == (checkpoint["shape"], checkpoint["classes"])
@@ -246,7 +248,7 @@ def draw_nearest(args, pixels, known, test):
 
 
 def frechet_distance(f, g):
-    """|m - n|^2 + tr(C + D - 2 (C D)^(1/2)) of Gaussians fitted to features f (N, F), g (M, F)."""
+    """|m - n|^2 + tr(C + D - 2 (C D)^(1/2)) of N(m, C), N(n, D) fitted to f (N, F), g (M, F)."""
     f, g = f.cpu().double(), g.cpu().double()
     A, B = (torch.linalg.qr(x - x.mean(0)).R / math.sqrt(max(len(x) - 1, 1)) for x in (f, g))
     # C = A^T A, D = B^T B: tr (C D)^(1/2) is the sum of the singular values of A B^T.

@@ -1,6 +1,6 @@
 """Algorithm 1 on real data. sample.py draws from its checkpoint, ddpm.pt.
 
-    python train.py                             Fashion-MNIST, in minutes on a laptop
+    python train.py                             Fashion-MNIST in minutes, on a CPU
     python train.py --resume                    go on after Ctrl-C, a crash, a reboot
     torchrun --nproc-per-node=8 -- train.py     on eight GPUs (untested)
 """
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     choices, count, counts = ddpm.CHOICES, data.positive_integer, data.positive_integers
     flag = parser.section("data")
     flag("--dataset", "fashion-mnist", "also mnist, cifar10, FILE.npy or an IDX file")
-    flag("--data-dir", "data", "where the data are, or are downloaded to")
+    flag("--data-dir", "data", "where data are, or are downloaded to")
     flag("--only", None, "train on one class, by name or index")
     flag("--flip", None, "mirror half the images (cifar10: on)", action=BooleanOptionalAction)
     flag = parser.section("diffusion")
@@ -45,12 +45,12 @@ def parse_args(argv=None):
     flag("--beta-end", None, "if linear (paper: 0.02; default: 20 / T)", type=float)
     flag("--prediction", "eps", "the network's output (paper: eps)", choices=choices["prediction"])
     flag("--variance", "beta", "sigma_t^2 (paper: beta, posterior)", choices=choices["variance"])
-    flag("--loss", None, "paper: mse (default: mse; if learned: hybrid)", choices=choices["loss"])
+    flag("--loss", None, "paper and default: mse (to learn sigma: hybrid)", choices=choices["loss"])
     flag = parser.section("network")
     flag("--channels", 32, "at the highest resolution (paper: 128)")
     flag("--multipliers", "1,2", "of --channels, by resolution (paper: 1,2,2,2)", type=counts)
     flag("--blocks", 1, "residual blocks per resolution (paper: 2)")
-    flag("--attention", (), "sizes of maps with it, besides the middle (paper: 16)", type=counts)
+    flag("--attention", (), "feature map sizes, besides the middle (paper: 16)", type=counts)
     flag("--heads", 1, "attention heads (paper: 1)")
     flag("--dropout", 0.0, "share of values set to 0 (paper: 0.1)")
     flag("--patch", 2, "work on N x N pixels at once (paper: 1)")
@@ -67,10 +67,10 @@ def parse_args(argv=None):
     flag("--lr", None, "learning rate (paper: 2e-4; default: muon 0.01, adam 0.005)", type=float)
     flag("--warmup", 100, "steps in which the rate rises to --lr; then it falls to 0", type=int)
     flag("--ema", 0.999, "decay of the averaged weights (paper: 0.9999)")
-    flag("--precision", "auto", "auto: bf16 if fast here; paper: fp32", choices=("auto", *DTYPES))
+    flag("--precision", "auto", "auto: bf16 if fast here, else fp32", choices=("auto", *DTYPES))
     flag("--compile", False, "torch.compile: takes a minute")
     flag("--checkpointing", False, "compute blocks twice, to save memory")
-    flag("--seed", 0, "of everything random", type=int)
+    flag("--seed", 0, "of all random draws", type=int)
     flag("--device", None, "cpu, cuda, cuda:1 or mps (default: the best)")
     flag("--threads", None, "CPU threads (default: one or all, the faster)", type=count)
     flag = parser.section("output")
@@ -114,7 +114,7 @@ def parse_args(argv=None):
         if not fine:
             raise ValueError(message)
     data.check_suffix(args.preview or "x.png", (".png",))
-    make_diffusion(args)  # refuses what cannot be
+    make_diffusion(args)  # ValueError if invalid
     return args
 
 
@@ -148,8 +148,8 @@ def train(args):
 
 class Run:
     """A training in progress. Random numbers come from (seed, step, part of the batch): a resumed
-    run does what it would have done, and N processes what --accumulate N does. A step waits
-    for no number from the device, but for the decoder's (in vlb and hybrid)."""
+    run does what it would have done, and N processes what --accumulate N does. A step never
+    waits for the GPU, except for the decoder (in vlb and hybrid)."""
 
     def __init__(self, args):
         self.args, self.device, self.done, self.own_file = args, pick_device(args.device), 0, None
@@ -402,7 +402,7 @@ def orthogonal(G):
 def load_checkpoint(path, device, classifier=False):
     """-> (model with EMA weights, in eval mode; diffusion; the checkpoint's dict). classifier:
     False asks for a UNet (x, t, y), True for a classifier (x, t), None for either; else ValueError.
-    Nothing in the file is run, nothing larger than it allocated."""
+    Runs no code in the file, allocates no more than its size."""
     if not os.path.isfile(path):
         raise ValueError(f"no {path}: run train.py, or use assets/fashion-mnist.pt")
     with data.named_errors(f"{path} is no checkpoint of train.py, or damaged"):
@@ -433,7 +433,7 @@ def make_diffusion(args):
     T, start, end = args.timesteps, args.beta_start, args.beta_end
     if args.schedule == "cosine":
         betas = ddpm.cosine_beta_schedule(T)
-    else:  # by default the paper's, scaled so that x_T is noise for any T
+    else:  # by default the paper's, scaled: x_T is noise for any T > 20
         betas = ddpm.linear_beta_schedule(
             T, 0.1 / T if start is None else start, 20 / T if end is None else end)
     return ddpm.GaussianDiffusion(betas, args.prediction, args.variance, args.loss)
@@ -464,7 +464,7 @@ def pick_dtype(precision, device):
 
 
 def set_threads(number, device, work):
-    """Use so many CPU threads; None: one or all, the faster at work() (if others compute, one)."""
+    """Use so many CPU threads; None: one or all, the faster at work() (on a busy CPU, one)."""
     def seconds(threads):
         torch.set_num_threads(threads)
         work()

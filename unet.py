@@ -1,13 +1,13 @@
-"""epsilon_theta(x_t, t, y): the U-Net of the paper's Appendix B, in a size that a laptop trains.
+"""epsilon_theta(x_t, t, y): the U-Net of the paper's Appendix B, small enough for two CPU cores.
 
     UNet(in_channels=3, image_size=32, patch=1, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
          attention=(16,), dropout=0.1)
 
 has the layout and the 35,746,307 parameters of the paper's CIFAR-10 network. With patch > 1,
 
-* patch x patch pixels become channels: full-size maps cost most and hold little;
-* only residual blocks have skip connections; in the paper all layers on the way down do, hence
-  one block more per level on the way up;
+* patch x patch pixels become channels: full-size maps cost most and help least;
+* only residual blocks feed the way up; in the paper all layers on the way down do, hence one
+  block more per level on the way up;
 * upsampling convolves 1 x 1, not 3 x 3, for speed;
 * a learned g(t) x is added to the output: near t = T, eps is almost x_t.
 """
@@ -29,7 +29,7 @@ def timestep_embedding(t, dim):
 
 
 def group_norm(channels):
-    """The paper's 32 groups, or fewer, so that each has at least 4 channels."""
+    """32 groups as in Ho's code, or fewer, so that each has at least 4 channels."""
     groups = [g for g in range(1, 33) if channels % g == 0 and channels >= 4 * g]
     return nn.GroupNorm(max(groups, default=1), channels)
 
@@ -42,7 +42,7 @@ def zero_init(layer):
 
 
 def norm_with_emb(norm, h, emb):
-    """Add emb (B, C), then normalise; or scale and shift after, by emb (B, 2 C) (iDDPM)."""
+    """Add emb (B, C), normalise; or normalise, scale and shift by emb (B, 2 C) (iDDPM)."""
     emb = emb[:, :, None, None]
     if emb.shape[1] == h.shape[1]:
         return norm(h + emb)
@@ -122,7 +122,7 @@ class Resample(nn.Module):
 
 
 class Embedding(nn.Module):
-    """t (B,), y (B,) -> emb (B, 4 channels). The last label, zero at first, is for y=None."""
+    """t (B,), y (B,) -> emb (B, 4*channels). The last label, zero at first, is for y=None."""
     def __init__(self, channels, num_classes):
         super().__init__()
         self.channels, self.labels = channels, None
@@ -264,6 +264,6 @@ def make_network(args, shape, classes):
 
 
 def to_device(network, device):
-    """The network on a device, convolutions in the layout that GPUs like."""
+    """The network on a device, convolutions in a GPU's layout."""
     gpu = torch.device(device).type == "cuda"
     return network.to(device, memory_format=torch.channels_last if gpu else torch.preserve_format)
