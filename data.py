@@ -177,7 +177,7 @@ def as_images(array, where):
 
 
 def find_label(text, classes):
-    """The index of a class, from its name in any case or, if no name is a number, an index."""
+    """The index of a class, from its name (any case) or, if no name is a number, an index."""
     indices = () if any(map(str.isdecimal, classes)) else map(str, range(len(classes)))
     names = [*classes, *indices, *map(str.lower, classes)]
     found = text if text in names else text.lower()
@@ -307,7 +307,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_integer(text):
-    """argparse's errors show its name."""
+    """Above 0; argparse errors show this name."""
     if not 0 < int(text) < 2**63:
         raise ValueError
     return int(text)

@@ -256,7 +256,7 @@ class GaussianDiffusion(torch.nn.Module):
     @staticmethod
     def decoder_log_likelihood(x_0, mean, variance):
         """log p_theta(x_0 | x_1) per value, for x_0 of 256 levels (Eq. 13): the Gaussian's integral
-        over a level's bin, from its log CDF, log_ndtr, mirrored to where that is exact."""
+        over a level's bin, from the log CDF log_ndtr, mirrored to its exact lower tail."""
         x, mean, sigma = (v.cpu().double() for v in (x_0, mean, variance.sqrt()))
         lower = torch.where(x < -0.999, -torch.inf, (x - 1 / 255 - mean) / sigma)
         upper = torch.where(x > 0.999, torch.inf, (x + 1 / 255 - mean) / sigma)

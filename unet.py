@@ -35,7 +35,7 @@ def group_norm(channels):
 
 
 def zero_init(layer):
-    """Zero the last layer of a block: at first, the block is the identity."""
+    """Zero a block's last layer: at first, the block is its shortcut."""
     for w in layer.parameters():
         nn.init.zeros_(w)
     return layer
@@ -138,7 +138,7 @@ class Embedding(nn.Module):
             emb = emb + (self.labels.weight[-1] if y is None else self.labels(y))
         elif y is not None:
             raise ValueError("y is given to a network without labels")
-        return F.silu(emb)  # in Ho's code, each block begins with it
+        return F.silu(emb)  # in Ho's code, each block does it
 
 
 class Encoder(nn.Module):
