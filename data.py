@@ -73,6 +73,7 @@ RANK = int(os.environ.get("RANK", "0"))  # torchrun says which process this is,
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # of how many,
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # and which on this machine
 _printed = [-math.inf]  # when progress last printed
+_failed: set = set()  # mirrors not to try again
 
 
 def load_dataset(name, split="train", root="data"):
@@ -94,7 +95,6 @@ def load_with_classes(name, split="train", root="data", only=None):
         images, labels, known = load_file(Path(name).expanduser(), split)
         classes = tuple(map(str, known))
     images = as_images(images, f"{name} ({split})")
-    labels = labels.squeeze(1) if labels.shape[1:] == (1,) else labels
     good = labels.shape == (len(images),) and labels.dtype.kind in "iubUS"
     if not good or not np.isin(labels, known).all():
         raise ValueError(f"{name} ({split}) has {labels.dtype} labels of shape {labels.shape}, not "
@@ -127,8 +127,7 @@ def load_known(name, split, root):
 def load_file(path, split):
     """Images and labels of a file of yours, and the values of its labels."""
     if not companions(path) or not path.is_file():
-        raise ValueError(f"no data set {path}: give {', '.join(DATASETS)}, a FILE.npy or an IDX "
-                         "file (see README.md)")
+        raise ValueError(f"no data set {path}: give {', '.join(DATASETS)}, FILE.npy or IDX file")
     read = read_npy if path.suffix.lower() == ".npy" else read_idx
     labels, test, test_labels = companions(path)
     has_labels, has_test = (file.is_file() and file != path for file in (labels, test))
@@ -136,7 +135,7 @@ def load_file(path, split):
     if split == "test" and has_test:
         path, labels = test, test_labels
     elif split == "test":
-        progress(f"{path} is its own test split: none is beside it")
+        progress(f"{path} is its own test split")
     images = read(path)
     return images, read(labels) if has_labels else np.zeros(images.shape[:1], np.int64), known
 
@@ -161,7 +160,7 @@ def as_images(array, where):
     first, last = (ndim == 4 and shape[axis] in (1, 3) for axis in (1, 3))
     for wrong, instead in (
             (array.dtype != np.uint8,
-             "uint8 of 0..255; if x is in 0..1, (255 * x).round().astype(np.uint8)"),
+             "uint8 of 0..255, for instance (255 * x).round().astype(np.uint8)"),
             (ndim == 2, "x.reshape(-1, H, W)"),
             (ndim == 3 and (shape[0] == 3 or shape[2] <= 4),
              "x[None] of one colour picture, x[..., None] of grey ones"),
@@ -249,13 +248,14 @@ def find_file(name, filename, root, read):
     folders = [Path(root, folder) for folder in (name, "", *dataset.folders)]
     found = [path for folder in folders for end in (".gz", "")
              for path in folder.glob(filename.replace("-idx", "?idx") + end)]  # some have .idx
-    for place in [*found, *dataset.mirrors]:
+    for place in [*found, *(m for m in dataset.mirrors if m not in _failed)]:
         try:
             if place in found:
                 return read(place)
             return fetch(f"{place}{filename}.gz", folders[0] / f"{filename}.gz", read)
         except (OSError, ValueError) as error:
             progress(f"not used: {error}")
+            _failed.add(place)
     tried = ", ".join(map(str, (*folders, *dataset.mirrors)))
     raise ValueError(f"no good {filename} in {tried}. Put its .gz into {folders[0]}, or "
                      "name its folder with --data-dir")
@@ -263,7 +263,7 @@ def find_file(name, filename, root, read):
 
 def fetch(url, path, read):
     """Download url to `path`, if read(file) accepts it -> what that returns."""
-    progress(f"downloading {url} to {path}")
+    progress(f"downloading {url}")
     with named_errors(url), urllib.request.urlopen(url, timeout=TIMEOUT) as response:
         content = response.read(2**28)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -307,7 +307,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_integer(text):
-    """Above 0; argparse errors show this name."""
+    """argparse errors show this name."""
     if not 0 < int(text) < 2**63:
         raise ValueError
     return int(text)
@@ -363,6 +363,8 @@ def atomic(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, target)
+    except RuntimeError as error:  # of torch.save, for a full disk or Ctrl-C
+        raise error.__context__ or error
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
@@ -374,7 +376,8 @@ def keep_older(path):
     k = 1
     while os.path.exists(kept := f"{path}.old{k if k > 1 else ''}"):
         k += 1
-    shutil.copy2(path, kept)
+    with atomic(kept) as file:
+        shutil.copy2(path, file.name)
     progress(f"older {path} is now {kept}")
 
 
@@ -388,7 +391,7 @@ def check_outputs(outputs, inputs):
         if files(path) & taken:
             raise ValueError(f"{path} (or its labels) is used twice: choose another name")
         taken |= files(path)
-        folder = os.path.dirname(path) or "."
+        folder = os.path.dirname(os.path.realpath(path))
         if not os.access(folder, os.W_OK) or (os.path.exists(path) and not os.path.isfile(path)):
             raise ValueError(f"{path} cannot be written: no folder, no right, or no file")
 

@@ -25,7 +25,7 @@ def parse_args(argv=None):
     flag("--checkpoint", "ddpm.pt", "what train.py wrote")
     flag("--dataset", None, "training data, if they moved")
     flag("--data-dir", "data", "see train.py")
-    flag("--n", None, "number of images (default: 64; --evaluate: all)", type=count)
+    flag("--n", None, "images (default: 64; --evaluate: all)", type=count)
     flag("--label", None, "a class, by name or index (default: all in turn)")
     flag("--guidance", 1.0, "0 ignores the label, above 1 exaggerates it")
     flag("--classifier", None, "guide by this classifier")
@@ -167,24 +167,25 @@ def write(args, pixels, labels, frames):
             data.save_image(path, pixels, args.columns, zoom=args.zoom)
             continue
         beside = data.companions(path)[0]
-        beside.unlink(missing_ok=True)  # an older file's
         for name, array in ((path, pixels), (beside, labels)):
-            if array is not None:
+            if array is None:  # no labels of an older file
+                beside.unlink(missing_ok=True)
+            else:
                 with data.atomic(name) as file:
                     np.save(file, array.numpy())
-    print("wrote", *args.out)
+    progress(f"wrote {' '.join(args.out)}")
     if args.trajectory:
         shown = np.linspace(0, len(frames) - 1, min(11, len(frames))).astype(int)
         save_rows(args, args.trajectory, torch.stack([frames[k][:8] for k in shown], 2))
     if args.movie:
         data.save_movie(args.movie, [x[:, 0] for x in frames], args.columns, zoom=args.zoom)
-        print("wrote", args.movie)
+        progress(f"wrote {args.movie}")
 
 
 def save_rows(args, path, rows):
     """A picture of rows (.., columns, C, H, W)."""
     data.save_image(path, rows.flatten(0, -4), rows.shape[-4], zoom=args.zoom)
-    print("wrote", path)
+    progress(f"wrote {path}")
 
 
 def load_data(args, checkpoint, split):
@@ -223,8 +224,6 @@ def other_pictures(args, network, diffusion, checkpoint):
         model = lambda x_t, t: network(x_t, t, y if network.num_classes else None)
         x_T = diffusion.ddim_invert(model, x_0, steps)
         again = diffusion.ddim_sample(model, x_0.shape, steps, 0, x_T, not args.no_clip)
-        error = 127.5 * (again - x_0).square().mean().sqrt()
-        print(f"RMS error of {steps} steps: {error:.2f} of 255")
         save_rows(args, args.reconstruct, torch.stack([x_0, x_T, again], 1))
     if args.interpolate:
         if network.num_classes and checkpoint["settings"]["label_dropout"] == 0:

@@ -65,7 +65,7 @@ def parse_args(argv=None):
     flag("--accumulate", 1, "batch in N parts, to save memory")
     flag("--optimizer", "muon", "paper: adam", choices=("muon", "adam"))
     flag("--lr", None, "learning rate (paper: 2e-4; default: muon 0.01, adam 0.005)", type=float)
-    flag("--warmup", 100, "steps in which the rate rises to --lr; then it falls to 0", type=int)
+    flag("--warmup", 100, "steps until the rate is --lr; then it falls to 0", type=int)
     flag("--ema", 0.999, "decay of the averaged weights (paper: 0.9999)")
     flag("--precision", "auto", "auto: bf16 if fast here, else fp32", choices=("auto", *DTYPES))
     flag("--compile", False, "torch.compile: takes a minute")
@@ -79,7 +79,7 @@ def parse_args(argv=None):
     flag("--slim", False, "save the averaged weights alone: no --resume")
     flag("--resume", False, "go on from --out, with its settings")
     flag("--init", None, "start from this checkpoint's weights")
-    flag("--log", None, "CSV file of step, loss, rate, images/s")
+    flag("--log", None, "CSV of step, loss, rate, images/s")
     flag("--preview", None, "picture of 16 samples, at every checkpoint")
 
     args = parser.parse_args(argv)
@@ -139,7 +139,7 @@ def train(args):
             run.save()
     run.save()
     if run.done < args.steps:
-        progress(f"stopped at step {run.done}, saved in {args.out}. To go on: --resume")
+        progress(f"stopped at step {run.done}, saved in {args.out}. To go on: --resume, same --out")
         sys.exit(128 + signals[0] if signals else 1)
     flag = "--score" if args.classifier else "--checkpoint"
     progress(f"{args.out} has all {run.done} steps. To go on: --resume --steps N. "
@@ -404,7 +404,7 @@ def load_checkpoint(path, device, classifier=False):
     False asks for a UNet (x, t, y), True for a classifier (x, t), None for either; else ValueError.
     Runs no code in the file, allocates no more than its size."""
     if not os.path.isfile(path):
-        raise ValueError(f"no {path}: run train.py, or use assets/fashion-mnist.pt")
+        raise ValueError(f"no {path}: run train.py, or see assets/")
     with data.named_errors(f"{path} is no checkpoint of train.py, or damaged"):
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
