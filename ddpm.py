@@ -313,7 +313,7 @@ class GaussianDiffusion(torch.nn.Module):
     @torch.no_grad()
     def ddim_invert(self, model, x_0, steps=50):
         """An x_T from which ddim_sample (eta=0) draws x_0: DDIM backwards (DDIM Eq. 14). A step
-        s -> t takes eps at t: there is none at 0. The error falls as 1 / steps."""
+        s -> t takes eps(x_s, t): s may be 0. The error falls as 1 / steps."""
         x_s = x_0
         for s, t in pairwise(self.visited_times(steps)[::-1]):
             bar_s = float(self.exact_alpha_bar[s])
