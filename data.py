@@ -28,7 +28,6 @@ class Dataset(NamedTuple):
     mirrors: tuple  # folders on the web
     files: dict  # split -> ((name, SHA-256 unzipped or CIFAR-10's MD5), ..)
     folders: tuple = ()  # elsewhere, or under --data-dir
-    flip: bool = False  # whether a mirrored image is as good
 
 
 def idx_files(*sha256):
@@ -63,10 +62,9 @@ DATASETS = {
         ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         ("https://www.cs.toronto.edu/~kriz/",),
         dict.fromkeys(("train", "test"),
-                      (("cifar-10-binary.tar", "c32a1d4ab5d03f1284b67883e8d87530"),)),
-        flip=True),
+                      (("cifar-10-binary.tar", "c32a1d4ab5d03f1284b67883e8d87530"),))),
 }
-EXCERPT = Path(__file__).parent / "assets"  # a tenth of Fashion-MNIST (MIT licence, Zalando SE)
+EXCERPT = Path(__file__).parent / "assets"  # a tenth of Fashion-MNIST
 TIMEOUT = 5  # seconds that a server may be silent
 IDX_TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 RANK = int(os.environ.get("RANK", "0"))  # torchrun says which process this is,
@@ -98,7 +96,7 @@ def load_with_classes(name, split="train", root="data", only=None):
     good = labels.shape == (len(images),) and labels.dtype.kind in "iubUS"
     if not good or not np.isin(labels, known).all():
         raise ValueError(f"{name} ({split}) has {labels.dtype} labels of shape {labels.shape}, not "
-                         f"{len(images)} whole numbers or strings of {known[:99].tolist()}")
+                         f"{len(images)} whole numbers or strings in {known[:99].tolist()}")
     labels = torch.from_numpy(np.searchsorted(known, labels))
     if only is not None:
         chosen = labels == find_label(only, classes)
@@ -127,7 +125,7 @@ def load_known(name, split, root):
 def load_file(path, split):
     """Images and labels of a file of yours, and the values of its labels."""
     if not companions(path) or not path.is_file():
-        raise ValueError(f"no data set {path}: give {', '.join(DATASETS)}, FILE.npy or IDX file")
+        raise ValueError(f"no data set {path}: give {', '.join(DATASETS)}, FILE.npy or an IDX file")
     read = read_npy if path.suffix.lower() == ".npy" else read_idx
     labels, test, test_labels = companions(path)
     has_labels, has_test = (file.is_file() and file != path for file in (labels, test))
@@ -160,7 +158,7 @@ def as_images(array, where):
     first, last = (ndim == 4 and shape[axis] in (1, 3) for axis in (1, 3))
     for wrong, instead in (
             (array.dtype != np.uint8,
-             "uint8 of 0..255, for instance (255 * x).round().astype(np.uint8)"),
+             "uint8 of 0..255, as (255 * x).round().astype(np.uint8)"),
             (ndim == 2, "x.reshape(-1, H, W)"),
             (ndim == 3 and (shape[0] == 3 or shape[2] <= 4),
              "x[None] of one colour picture, x[..., None] of grey ones"),
@@ -238,7 +236,7 @@ def read_npy(path):
     """An .npy array, mapped, so that a header cannot ask for more than there is."""
     with named_errors(path), open(path, "rb") as file:
         if b"'|O'" in file.read(128):
-            raise ValueError("holds objects: images of different sizes, or text that is no str?")
+            raise ValueError("holds objects: images of different sizes? labels not .astype(str)?")
         return np.asarray(np.lib.format.open_memmap(path, mode="c"))
 
 
@@ -314,7 +312,7 @@ def positive_integer(text):
 
 
 def positive_integers(text):
-    """With commas between them."""
+    """N,N,.. as a tuple."""
     return tuple(map(positive_integer, text.split(",")))
 
 
@@ -389,11 +387,11 @@ def check_outputs(outputs, inputs):
     taken = set().union(*map(files, filter(None, inputs)))
     for path in filter(None, outputs):
         if files(path) & taken:
-            raise ValueError(f"{path} (or its labels) is used twice: choose another name")
+            raise ValueError(f"{path} (or its labels) is used twice")
         taken |= files(path)
         folder = os.path.dirname(os.path.realpath(path))
         if not os.access(folder, os.W_OK) or (os.path.exists(path) and not os.path.isfile(path)):
-            raise ValueError(f"{path} cannot be written: no folder, no right, or no file")
+            raise ValueError(f"{path} cannot be written: no folder, no permission, or not a file")
 
 
 def check_suffix(path, allowed):
@@ -415,20 +413,17 @@ def to_pixels(x):
 
 
 def grid(images, columns=None, zoom=1, gap=2):
-    """Images (N, C, H, W) -> one picture (h, w, C) uint8, row by row, `gap` white pixels apart."""
+    """Images (N, C, H, W) -> one picture (h, w, C) uint8, `gap` white pixels apart."""
     if (N := len(images)) == 0:
         raise ValueError("no images to draw")
     images = images if images.dtype == torch.uint8 else to_pixels(images)
     cells = images.cpu().permute(0, 2, 3, 1).numpy().repeat(zoom, 1).repeat(zoom, 2)
     columns = min(columns or math.ceil(math.sqrt(N)), N)
-    _, H, W, C = cells.shape
-    h, w = H + gap, W + gap
-    size = (math.ceil(N / columns) * h - gap, columns * w - gap, C)
-    picture = np.full(size, 255 if gap else 0, np.uint8)
-    for k, cell in enumerate(cells):
-        top, left = k // columns * h, k % columns * w
-        picture[top:top + H, left:left + W] = cell
-    return picture
+    white = ((0, -N % columns), (0, gap), (0, gap), (0, 0))
+    cells = np.pad(cells, white, constant_values=255 if gap else 0)
+    _, h, w, C = cells.shape
+    picture = cells.reshape(-1, columns, h, w, C).swapaxes(1, 2).reshape(-1, columns * w, C)
+    return picture[:len(picture) - gap, :columns * w - gap]
 
 
 def save_image(path, images, columns=None, zoom=1, gap=2):

@@ -27,7 +27,7 @@ CHOICES = {"prediction": ("eps", "x0", "mean", "v"),
 def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
     """beta_1 .. beta_T on a straight line, float64 (T,); by default Section 4's."""
     if timesteps not in range(1, 10**6) or not (0 < beta_start < 1 and 0 < beta_end < 1):
-        raise ValueError("timesteps must be whole and below 10^6, betas between 0 and 1")
+        raise ValueError("timesteps must be whole, in 1..999999, betas between 0 and 1")
     return torch.linspace(beta_start, beta_end, int(timesteps), dtype=torch.float64)
 
 
@@ -82,8 +82,8 @@ class GaussianDiffusion(torch.nn.Module):
             raise ValueError(f"alpha_bar_T = {last:.0e} is too small for float32: lower the betas")
         if last > 0.01:
             cure = f"beta_start={0.1 / T:.3g} to beta_end={20 / T:.3g}" if T > 20 else "cosine"
-            warnings.warn(f"alpha_bar_T = {last:.3g}: x_T is not the noise that sampling starts "
-                          f"from. A schedule that ends in it: {cure}", stacklevel=2)
+            warnings.warn(f"alpha_bar_T = {last:.3g}: x_T is not noise, as sampling assumes. "
+                          f"Try {cure}", stacklevel=2)
 
     def set_alpha_bar(self, alpha_bar):
         """Make all tables from alpha_bar_0 .. alpha_bar_T, float64 (T+1,)."""
@@ -134,9 +134,9 @@ class GaussianDiffusion(torch.nn.Module):
         """Algorithm 1 for x_0 ~ q(x_0) (line 2) -> losses (B,). t (B,), noise: drawn if None."""
         if t is None:  # 3: t ~ Uniform({1, ..., T})
             t = torch.randint(1, self.timesteps + 1, (len(x_0),), device=x_0.device)
-        t = torch.as_tensor(t, device=x_0.device).long().expand(len(x_0))
         eps = torch.randn_like(x_0) if noise is None else noise  # 4: eps ~ N(0, I)
         x_t = self.q_sample(x_0, t, eps)
+        t = torch.as_tensor(t, device=x_0.device).long().expand(len(x_0))
         output = model(x_t, t)
         if self.loss != "mse":
             return self.other_losses(output, x_0, x_t, t, eps)
@@ -256,7 +256,7 @@ class GaussianDiffusion(torch.nn.Module):
     @staticmethod
     def decoder_log_likelihood(x_0, mean, variance):
         """log p_theta(x_0 | x_1) per value, for x_0 of 256 levels (Eq. 13): the Gaussian's integral
-        over a level's bin, from the log CDF log_ndtr, mirrored to its exact lower tail."""
+        over a level's bin, mirrored into the lower tail, where log_ndtr is exact."""
         x, mean, sigma = (v.cpu().double() for v in (x_0, mean, variance.sqrt()))
         lower = torch.where(x < -0.999, -torch.inf, (x - 1 / 255 - mean) / sigma)
         upper = torch.where(x > 0.999, torch.inf, (x + 1 / 255 - mean) / sigma)
@@ -313,7 +313,7 @@ class GaussianDiffusion(torch.nn.Module):
     @torch.no_grad()
     def ddim_invert(self, model, x_0, steps=50):
         """An x_T from which ddim_sample (eta=0) draws x_0: DDIM backwards (DDIM Eq. 14). A step
-        s -> t takes eps(x_s, t): s may be 0. The error falls as 1 / steps."""
+        s -> t takes eps(x_s, t), as s may be 0. The error falls as 1 / steps."""
         x_s = x_0
         for s, t in pairwise(self.visited_times(steps)[::-1]):
             bar_s = float(self.exact_alpha_bar[s])
@@ -343,7 +343,7 @@ def cosine_beta_schedule(timesteps=1000, s=0.008, beta_min=0.0, beta_max=0.999):
     """float64 (T,): the betas of alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2)
     (iDDPM Eq. 17), clipped. s keeps beta_1 from vanishing."""
     if timesteps not in range(1, 10**6):
-        raise ValueError("timesteps must be whole and below 10^6")
+        raise ValueError("timesteps must be whole, in 1..999999")
     u = torch.arange(int(timesteps) + 1, dtype=torch.float64) / timesteps
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(beta_min, beta_max)
@@ -361,13 +361,13 @@ def respace(diffusion, model, steps):
     """-> (diffusion, model): Algorithm 2 on `steps` of the times 1..T, with their alpha_bar. So
     the beta of a stride t -> s is 1 - alpha_bar_t / alpha_bar_s, not beta_t. The network sees the
     old t; a "mean" is converted through x_0, a "learned" variance keeps its ratio to beta_tilde."""
-    times = torch.tensor(diffusion.visited_times(steps)[::-1])
-    short = copy.deepcopy(diffusion)
+    short, times = copy.deepcopy(diffusion), torch.tensor(diffusion.visited_times(steps)[::-1])
     short.set_alpha_bar(diffusion.exact_alpha_bar[times])
-    times, short = times.to(diffusion.beta.device), short.to(diffusion.beta.device)
+    short.register_buffer("times", times, persistent=False)
+    short.to(diffusion.beta.device)
 
     def strided_model(x_t, k):
-        t = times[k]
+        t = short.times[k]
         output = model(x_t, t)
         prediction, channels = diffusion.split(output, x_t)
         if diffusion.prediction == "mean":

@@ -5,6 +5,7 @@
 """
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from data import RANK, WORLD, progress
 from ddpm import classifier_free_guidance, classifier_guidance, important_times, respace
 
 BLOCK = 64  # images that share a stream of random numbers
-FEW = 100  # below it, --evaluate takes all T terms
 
 
 def parse_args(argv=None):
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     flag("--eta", 0.0, "ddim's noise: 0 none, 1 beta_tilde")
     flag("--no-clip", False, "let x_0 leave [-1, 1], as Algorithm 2 does")
     flag("--batch-size", 256, "images at a time")
-    flag("--precision", "auto", "see train.py", choices=("auto", *train.DTYPES))
+    flag("--precision", "auto", "of samples, see train.py", choices=("auto", *train.DTYPES))
     flag("--device", None, "see train.py")
     flag("--threads", None, "see train.py", type=count)
     flag = parser.section("output")
@@ -65,8 +65,9 @@ def parse_args(argv=None):
 
 
 def draw(args, network, classifier, diffusion, shape, labels):
-    """-> all pixels (n, C, H, W) in process 0; frames (64, 2, C, H, W): x_t, predicted x_0."""
-    began, frames, pixels = time.perf_counter(), [], torch.zeros(args.n, *shape, dtype=torch.uint8)
+    """-> pixels (n, C, H, W) in process 0; <= 41 frames (<= 64, 2, C, H, W): x_t, predicted x_0."""
+    pixels, frames = torch.zeros(args.n, *shape, dtype=torch.uint8), {}
+    began = time.perf_counter()
     for start in range(RANK * args.batch_size, args.n, WORLD * args.batch_size):
         size = min(args.batch_size, args.n - start)
         y = None if labels is None else labels[start:start + size].to(args.device)
@@ -76,8 +77,9 @@ def draw(args, network, classifier, diffusion, shape, labels):
         if args.device.type == "cuda" and not classifier:
             model = recorded(model, x_T)
         for k, (_, x_t, x_0) in enumerate(chain(args, diffusion, model, x_T, noise)):
-            if start == 0 and k in np.linspace(0, args.steps, 41).round():
-                frames.append(data.to_pixels(torch.stack([x_t, x_0], 1)[:64]).cpu())
+            if start < 64 and k in np.linspace(0, args.steps, 41).round():
+                shown = data.to_pixels(torch.stack([x_t, x_0], 1)[:64 - start]).cpu()
+                frames.setdefault(k, []).append(shown)
             if done := (start + size * k / args.steps) / args.n:
                 left = (time.perf_counter() - began) * (1 / done - 1)
                 progress(f"{done:.0%} of {args.n} images drawn, {left:.0f} s left", passing=True)
@@ -88,7 +90,7 @@ def draw(args, network, classifier, diffusion, shape, labels):
         torch.distributed.init_process_group("gloo")
         torch.distributed.reduce(pixels, 0)  # a sum: an image is 0 in all processes but one
     progress(f"{args.n} images drawn in {time.perf_counter() - began:.1f} s")
-    return pixels, frames
+    return pixels, [torch.cat(parts) for parts in frames.values()]
 
 
 def chain(args, diffusion, model, x_T, noise):
@@ -131,7 +133,7 @@ def recorded(model, x_T):
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         stream.wait_stream(torch.cuda.default_stream())
-        model(x, t)  # one-time setup, not recorded
+        model(x, t)  # one-time setup
         with torch.cuda.graph(graph, stream=stream):
             output = model(x, t)
 
@@ -168,7 +170,7 @@ def write(args, pixels, labels, frames):
             continue
         beside = data.companions(path)[0]
         for name, array in ((path, pixels), (beside, labels)):
-            if array is None:  # no labels of an older file
+            if array is None:  # an older file's labels
                 beside.unlink(missing_ok=True)
             else:
                 with data.atomic(name) as file:
@@ -227,7 +229,7 @@ def other_pictures(args, network, diffusion, checkpoint):
         save_rows(args, args.reconstruct, torch.stack([x_0, x_T, again], 1))
     if args.interpolate:
         if network.num_classes and checkpoint["settings"]["label_dropout"] == 0:
-            raise ValueError("--interpolate has no labels: train with --label-dropout")
+            raise ValueError("--interpolate needs training with --label-dropout above 0")
         (a, b), weights, rows = x_0[:2], torch.linspace(0, 1, 9), []
         for t in (T // 4, T // 2, 3 * T // 4, T):
             mixed = diffusion.interpolate(network, a, b, weights, max(t, 1), not args.no_clip)
@@ -276,7 +278,7 @@ def evaluate(args, network, diffusion, checkpoint, images, labels):
         x_0, y = data.to_model(x_0), y if network.num_classes else None
         sums = torch.zeros(4, len(x_0), device=args.device)
         sums[1:3] = diffusion.prior_bits(x_0)
-        for t, weight in chosen_times(T, len(x_0), N < FEW, args.device):
+        for t, weight in chosen_times(T, len(x_0), N < 100, args.device):
             progress(f"{500 * len(parts)} of {N} images, now t = {t[0]}", passing=True)
             noise = torch.randn_like(x_0)
             x_t = diffusion.q_sample(x_0, t, noise)
@@ -307,7 +309,8 @@ def chosen_times(T, B, every, device):
 def load_classifier(args, path, checkpoint, diffusion=None):
     """A classifier for the checkpoint's data and, if given, the diffusion's x_t."""
     classifier, its_diffusion, other = train.load_checkpoint(path, args.device, classifier=True)
-    a, b = ((c["source"]["dataset"], c["classes"], c["shape"]) for c in (checkpoint, other))
+    a, b = ((Path(c["source"]["dataset"]).name, c["classes"], c["shape"])
+            for c in (checkpoint, other))
     if a != b:
         raise ValueError(f"{path} was trained on other data or classes")
     if diffusion and not torch.equal(its_diffusion.exact_alpha_bar, diffusion.exact_alpha_bar):
@@ -337,6 +340,8 @@ def main(argv=None):
     args.zoom = args.zoom or max(1, round(64 / max(shape[1:])))
     args.dataset = args.dataset or checkpoint["source"]["dataset"]
     check_files(args, checkpoint)
+    x = torch.zeros(min(args.n or BLOCK, BLOCK), *shape)
+    train.set_threads(args.threads, args.device, lambda: network(x, torch.ones(len(x))))
     torch.manual_seed(args.seed)
     if not args.samples:
         if RANK == 0:
@@ -350,8 +355,6 @@ def main(argv=None):
         known, test = (load_data(args, checkpoint, split)[0] for split in ("train", "test"))
     dtype = train.pick_dtype(args.precision, args.device)
     with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-        x = torch.zeros(min(args.n, BLOCK), *shape)
-        train.set_threads(args.threads, args.device, lambda: network(x, torch.ones(len(x))))
         pixels, frames = draw(args, network, classifier, diffusion, shape, labels)
     if RANK == 0:
         write(args, pixels, labels, frames)

@@ -178,14 +178,14 @@ class Section2ForwardProcess(unittest.TestCase):
         linear, cosine, nan = linear_beta_schedule, ddpm.cosine_beta_schedule, float("nan")
         cases = [("too small for float32", GaussianDiffusion, linear(1000, 0.02, 0.98)),
                  ("no gradient", partial(short, loss="hybrid"))]
-        cases += [("betas", GaussianDiffusion, betas)
-                  for betas in ([], [[0.1]], [0.0, 0.1], [1e-13, 0.1], [0.1, 1.0], [nan], [-0.1])]
+        cases += [("betas", GaussianDiffusion, b) for b in ([], [[0.1]], [0.0, 0.1], [1e-13], [0.1, 1.0], [nan], [-0.1])]
         cases += [("between 0 and 1", linear, 10, *ends) for ends in ((0, 0.5), (0.1, 1), (nan, 0.1))]
         cases += [("timesteps", schedule, T) for T in (0, -1, 2.5, 2e6) for schedule in (linear, cosine)]
         cases += [(f"{name}.*{', '.join(allowed)}.*'other'", partial(short, **{name: "other"}))
                   for name, allowed in ddpm.CHOICES.items()]
-        cases += [(r"1\.\.20", short().q_sample, torch.zeros(2, 1), t)
-                  for t in (0, 21, 2.5, torch.tensor([1, 21]), torch.tensor([0.5]))]
+        cases += [(r"1\.\.20", function, torch.zeros(2, 1), t)
+                  for function in (short().q_sample, partial(short().training_losses, None))
+                  for t in (0, 21, 2.5, torch.tensor([1, 21]), torch.tensor([1.5]))]
         cases += [(r"1\.\.20", short().ddim_sample, None, (1, 1), steps) for steps in (0, 21, 2.5)]
         cases += [(r"1\.\.20", ddpm.respace, short(), None, steps) for steps in (0, 21, 2.5)]
         cases += [("eta", short().ddim_sample, None, (1, 1), 5, eta) for eta in (1.5, -0.1, nan)]
@@ -623,10 +623,10 @@ class AppendixBNetwork(unittest.TestCase):
         self.assertEqual(sum(p.numel() for p in net.parameters()), 35_746_307)
 
     def test_any_size_and_channels_go_in_and_come_out_and_an_empty_batch(self):
-        for patch, channels, multipliers in ((2, 32, (1, 2)), (1, 8, (1, 2)), (4, 12, (1, 2, 3))):
-            net = unet.UNet(3, 6, patch=patch, channels=channels, multipliers=multipliers)
+        for out, patch, channels, multipliers in ((6, 2, 32, (1, 2)), (6, 1, 8, (1, 2)), (1, 4, 12, (1, 2, 3))):
+            net = unet.UNet(3, out, patch=patch, channels=channels, multipliers=multipliers)
             for B, H, W in ((2, 28, 28), (2, 32, 32), (2, 17, 30), (2, 1, 1), (2, 3, 2), (0, 9, 9)):
-                self.assertEqual(net(noise(B, 3, H, W), torch.tensor([0, 4000])[:B]).shape, (B, 6, H, W))
+                self.assertEqual(net(noise(B, 3, H, W), torch.tensor([0, 4000])[:B]).shape, (B, out, H, W))
         for dtype in (torch.float64, torch.bfloat16):
             self.assertEqual(unet.UNet().to(dtype)(self.x.to(dtype), self.t).dtype, dtype)
         with torch.autocast("cpu", torch.bfloat16):
@@ -1193,7 +1193,7 @@ class Training(Commands):
         x, t = torch.randn(1, 1, 8, 8), torch.tensor([5])
         self.assertTrue(torch.equal(network(x, t), network(x, t)))              # its dropout is off
         self.assertFalse(torch.equal(network.train()(x, t), network(x, t)))
-        self.trained("--dropout", "0.5", "--slim")
+        self.assertIn("go on: --init", self.trained("--dropout", "0.5", "--slim"))
         slim = self.weights()
         self.assertTrue(full.keys() - slim.keys() == {"training"} and self.same(full["ema"], slim["ema"]))
         self.refused(train, "ddpm.pt.*--slim", *self.old, "--steps", "9")
@@ -1450,7 +1450,7 @@ class Sampling(Commands):
     def test_every_sampler_draws_grids_strips_and_movies_of_the_right_size(self):
         self.trained("--variance", "learned_range", "--prediction", "v")
         outputs = ["--n", "3", "--out", "s.png", "--trajectory", "t.png", "--movie", "m.png", "--nearest", "n.png"]
-        for steps, *options in ((1, "--steps", "1"), (7, "--steps", "7"), (20, "--sampler", "ddim"),
+        for steps, *options in ((1, "--steps", "1"), (7, "--steps", "7", "--batch-size", "2"), (20, "--sampler", "ddim"),
                                 (3, "--sampler", "ddim", "--eta", "1", "--steps", "3")):
             said = self.sampled(*outputs, *options)
             self.assertIn("test images 0.0", said)                      # data.npy is its own test split
@@ -1485,7 +1485,7 @@ class Sampling(Commands):
         self.assertFalse(Path("s.labels.npy").exists())                         # they would be others' labels
 
     def test_labels_guidance_classifiers_and_scores_that_cannot_be_say_why(self):
-        self.trained("--classifier", "--beta-end", "0.6", "--out", "linear.pt")
+        self.trained("--classifier", "--beta-end", "0.6", "--out", "linear.pt", "--dataset", self.data("moved/data"))
         self.trained("--classifier", "--dataset", self.data("other", changed=1), "--out", "other.pt")
         self.trained("--conditional", "--label-dropout", "0", "--out", "labelled.pt")
         self.trained()
@@ -1506,9 +1506,9 @@ class Sampling(Commands):
         self.images, self.labels = self.images.repeat(2, 0), self.labels.repeat(2)
         self.data("data")
         self.trained()
-        values = []
-        for few in (0, 999):
-            with mock.patch.object(sample, "FEW", few):
+        values, real = [], sample.chosen_times
+        for chosen in (real, lambda T, B, _, device: real(T, B, True, device)):
+            with mock.patch.object(sample, "chosen_times", chosen):
                 said = self.sampled("--evaluate", "--n", "118")
             self.assertRegex(said, "118 test images.* at step 6")
             values.append([[float(x) for x in re.search(rf"{name} +(\S+) \+- ([\d.]+)", said).groups()]
@@ -1528,7 +1528,7 @@ WRONG = {train: """--steps 0: --steps|--lr nan: --lr|--lr -1: --lr|--lr 0: --lr|
     |--dataset cats: cats|--timesteps 900 --beta-end 0.9: too small|--only 1 --conditional: exclude
     |--only boot: no label 'boot'|--out /nowhere/x.pt: /nowhere|--out /dev/null: cannot be written
     |--out .: cannot be written|--device toaster: toaster|--accumulate 3: 3 parts
-    |--preview p.jpg: p.jpg""", sample: """--n 0: --n|--steps -5: --steps|--seed -1: --seed
+    |--preview p.jpg: p.jpg|--classifier --preview p.png: --preview""", sample: """--n 0: --n|--steps -5: --steps|--seed -1: --seed
     |--eta 2 --sampler ddim: eta|--eta 0.5: --sampler ddim|--guidance inf: --guidance|--out x.jpg: x.jpg
     |--evaluate --out x.png: --out is about samples|--checkpoint none.pt: none.pt|--movie x.gif: x.gif
     |--steps 21: 1..20, not 21|--out /nowhere/x.png: /nowhere|--score nope.pt: nope.pt"""}

@@ -13,6 +13,7 @@ import time
 import timeit
 import zipfile
 from argparse import BooleanOptionalAction, Namespace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -36,21 +37,21 @@ def parse_args(argv=None):
     flag = parser.section("data")
     flag("--dataset", "fashion-mnist", "also mnist, cifar10, FILE.npy or an IDX file")
     flag("--data-dir", "data", "where data are, or are downloaded to")
-    flag("--only", None, "train on one class, by name or index")
+    flag("--only", None, "one class, by name or index")
     flag("--flip", None, "mirror half the images (cifar10: on)", action=BooleanOptionalAction)
     flag = parser.section("diffusion")
     flag("--timesteps", 1000, "T (paper: 1000)")
     flag("--schedule", None, "paper: linear (default: cosine)", choices=("cosine", "linear"))
-    flag("--beta-start", None, "if linear (paper: 1e-4; default: 0.1 / T)", type=float)
-    flag("--beta-end", None, "if linear (paper: 0.02; default: 20 / T)", type=float)
+    flag("--beta-start", None, "makes it linear (paper: 1e-4; default 0.1/T)", type=float)
+    flag("--beta-end", None, "makes it linear (paper: 0.02; default 20/T)", type=float)
     flag("--prediction", "eps", "the network's output (paper: eps)", choices=choices["prediction"])
     flag("--variance", "beta", "sigma_t^2 (paper: beta, posterior)", choices=choices["variance"])
-    flag("--loss", None, "paper and default: mse (to learn sigma: hybrid)", choices=choices["loss"])
+    flag("--loss", None, "paper: mse (default: mse; if learned: hybrid)", choices=choices["loss"])
     flag = parser.section("network")
     flag("--channels", 32, "at the highest resolution (paper: 128)")
     flag("--multipliers", "1,2", "of --channels, by resolution (paper: 1,2,2,2)", type=counts)
     flag("--blocks", 1, "residual blocks per resolution (paper: 2)")
-    flag("--attention", (), "at these map sizes and in the middle (paper: 16)", type=counts)
+    flag("--attention", (), "at these map sizes, besides the middle (paper: 16)", type=counts)
     flag("--heads", 1, "attention heads (paper: 1)")
     flag("--dropout", 0.0, "share of values set to 0 (paper: 0.1)")
     flag("--patch", 2, "work on N x N pixels at once (paper: 1)")
@@ -72,7 +73,7 @@ def parse_args(argv=None):
     flag("--checkpointing", False, "compute blocks twice, to save memory")
     flag("--seed", 0, "of all random draws", type=int)
     flag("--device", None, "cpu, cuda, cuda:1 or mps (default: the best)")
-    flag("--threads", None, "CPU threads (default: one or all, the faster)", type=count)
+    flag("--threads", None, "CPU threads (default: one or all, as is faster)", type=count)
     flag = parser.section("output")
     flag("--out", None, "checkpoint (default: ddpm.pt, or classifier.pt)")
     flag("--save-every", 1000, "steps between checkpoints")
@@ -97,10 +98,8 @@ def parse_args(argv=None):
     args.dataset = args.dataset if known else os.path.abspath(args.dataset)
     args.schedule = args.schedule or ("linear" if has_beta else "cosine")
     args.loss = args.loss or ("hybrid" if learned else "mse")
-    if args.flip is None:
-        args.flip = known and data.DATASETS[args.dataset].flip
-    if args.lr is None:
-        args.lr = 0.01 if args.optimizer == "muon" else 0.005
+    args.flip = args.dataset == "cifar10" if args.flip is None else args.flip
+    args.lr = (0.01 if args.optimizer == "muon" else 0.005) if args.lr is None else args.lr
     for fine, message in (
             (all(0 <= x < 1 for x in (args.dropout, args.ema, args.label_dropout)),
              "--dropout, --ema and --label-dropout are 0 or more, below 1"),
@@ -110,7 +109,8 @@ def parse_args(argv=None):
             (args.loss in ("vlb", "hybrid") or not learned,
              f"--loss {args.loss} does not train --variance {args.variance}: use hybrid"),
             (bool(args.only) + args.conditional + args.classifier < 2,
-             "--only, --conditional and --classifier exclude each other")):
+             "--only, --conditional and --classifier exclude each other"),
+            (not (args.preview and args.classifier), "a --classifier draws no --preview")):
         if not fine:
             raise ValueError(message)
     data.check_suffix(args.preview or "x.png", (".png",))
@@ -135,14 +135,15 @@ def train(args):
         stop += len(signals)
         if WORLD > 1:
             dist.all_reduce(stop)  # all stop together
-        if run.done % args.save_every == 0:
+        if run.done % args.save_every == 0 and run.done < args.steps:
             run.save()
     run.save()
+    more = f"To go on: --{'init' if args.slim else 'resume --out'} {args.out}"
     if run.done < args.steps:
-        progress(f"stopped at step {run.done}, saved in {args.out}. To go on: --resume, same --out")
+        progress(f"stopped at step {run.done}, saved in {args.out}. {more}")
         sys.exit(128 + signals[0] if signals else 1)
     flag = "--score" if args.classifier else "--checkpoint"
-    progress(f"{args.out} has all {run.done} steps. To go on: --resume --steps N. "
+    progress(f"{args.out} has all {run.done} steps. {more} --steps N. "
              f"Next: python sample.py {flag} {args.out}")
 
 
@@ -175,7 +176,7 @@ class Run:
         self.diffusion = make_diffusion(args).to(device)
         self.network = unet.to_device(unet.make_network(args, self.shape, self.classes), device)
         if args.init:
-            with data.named_errors(f"--init {args.init} needs its own network's flags"):
+            with data.named_errors(f"--init {args.init} (give its network's flags)"):
                 self.network.load_state_dict(load_checkpoint(args.init, device, None)[2]["ema"])
         self.average = copy.deepcopy(self.network).eval()
         self.weights, self.averages = (list(n.parameters()) for n in (self.network, self.average))
@@ -192,13 +193,15 @@ class Run:
         if args.resume:
             self.restore()
         self.n = torch.tensor(float(self.done), device=device)
-        self.loss_sum, self.skipped, self.skipped_in_a_row = torch.zeros(3, device=device)
+        self.loss_sum, self.skipped, self.in_a_row = torch.zeros(3, device=device)
         can_record = gpu and parts == 1 and not args.compile and args.loss in ("mse", "l1", "huber")
         self.record_at = self.done + 3 if can_record else None
-        if args.log and RANK == 0 and os.path.exists(args.log):
-            with open(args.log) as file:
-                if self.done == 0 or not file.read().startswith("".join(self.rows)):
-                    data.keep_older(args.log)
+        if args.log and RANK == 0:
+            log, rows = Path(args.log), "".join(self.rows)
+            past = log.read_text(errors="replace") if log.exists() else ""
+            if past and not (self.done and past.startswith(rows)):
+                data.keep_older(log)
+            log.write_text(rows)
         self.reported, self.reported_at = self.done, time.perf_counter()
         cores = f" with {torch.get_num_threads()} thread(s)" if device.type == "cpu" else ""
         size, parameters = "x".join(map(str, self.shape)), sum(w.numel() for w in self.weights)
@@ -245,27 +248,25 @@ class Run:
 
     def losses(self, x_0, y):
         """What is minimised, for each image, (B,)."""
-        args, diffusion, B, device = self.args, self.diffusion, len(x_0), self.device
+        args, diffusion, T, device = self.args, self.diffusion, self.args.timesteps, self.device
         model = lambda x_t, t: self.model(x_t, t, y if args.conditional else None)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             if args.classifier:  # a quarter are clean images, t = 0, as in --score
-                T = args.timesteps
-                t = torch.randint(-T // 3, T + 1, (B,), device=device).clamp(min=0)
+                t = torch.randint(-T // 3, T + 1, (len(x_0),), device=device).clamp(min=0)
                 x_t = diffusion.q_sample(x_0, t.clamp(min=1))
                 x_t = torch.where((t > 0)[:, None, None, None], x_t, x_0)
                 return torch.nn.functional.cross_entropy(self.model(x_t, t), y, reduction="none")
             if args.loss != "vlb":
                 return diffusion.training_losses(model, x_0)
-            t, weights = ddpm.important_times(args.timesteps, B, device)
+            t, weights = ddpm.important_times(T, len(x_0), device)
             return diffusion.training_losses(model, x_0, t) * weights
 
     @torch.no_grad()
     def descend(self):
         """Descend by the gradient, clipped to norm 1, unless it is not finite. Then the EMA."""
         args, n = self.args, self.n
-        rate = torch.minimum((n + 1) / (args.warmup + 1),  # up, then down to 0
-                             (args.steps - n) / max(args.steps - args.warmup, 1))
-        self.lr.copy_(args.lr * rate)
+        up, down = (n + 1) / (args.warmup + 1), (args.steps - n) / max(args.steps - args.warmup, 1)
+        self.lr.copy_(args.lr * torch.minimum(up, down))
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         bad = ~torch.isfinite(torch.nn.utils.clip_grad_norm_(self.weights, 1.0))
@@ -278,7 +279,7 @@ class Run:
         torch._foreach_mul_(self.averages, decay)
         torch._foreach_add_(self.averages, torch._foreach_mul(self.weights, 1 - decay))
         self.skipped += bad
-        self.skipped_in_a_row.add_(1).mul_(bad)
+        self.in_a_row.add_(1).mul_(bad)
         n += 1
 
     def report(self):
@@ -289,7 +290,7 @@ class Run:
             return
         self.reported, self.reported_at = done, now
         loss, skipped, in_a_row = torch.stack(
-            [self.loss_sum / steps, self.skipped, self.skipped_in_a_row]).tolist()
+            [self.loss_sum / steps, self.skipped, self.in_a_row]).tolist()
         self.loss_sum.zero_()
         if in_a_row >= min(100, args.steps):
             raise ValueError(f"the gradient has not been finite for {in_a_row:.0f} steps. "
@@ -301,8 +302,8 @@ class Run:
                  f"{left:.1f} min left{bad}", passing=done < args.steps)
         self.rows.append(f"{done},{loss:.6g},{float(self.lr):.6g},{speed:.1f}\n")
         if args.log and RANK == 0:
-            with open(args.log, "w") as file:
-                file.writelines(self.rows)
+            with open(args.log, "a") as file:
+                file.write(self.rows[-1])
 
     def save(self):
         """Write --out and --preview. Another run's file is kept as .old."""
@@ -323,10 +324,10 @@ class Run:
         with data.atomic(path) as file:
             torch.save(checkpoint, file)
         self.own_file = os.stat(path).st_mtime_ns
-        if args.preview and not args.classifier:
-            x_0 = self.diffusion.ddim_sample(  # without labels
-                self.average, (16, *self.shape), min(20, args.timesteps),
-                generator=torch.Generator().manual_seed(0))
+        if args.preview:
+            noise = torch.Generator().manual_seed(0)
+            shape, steps = (16, *self.shape), min(20, args.timesteps)
+            x_0 = self.diffusion.ddim_sample(self.average, shape, steps, generator=noise)
             data.save_image(args.preview, x_0, zoom=2)
 
     def restore(self):
@@ -349,7 +350,7 @@ class Run:
 
 
 def random_stream(*numbers):
-    """A seed of its own for every (seed, step, part)."""
+    """A seed of its own for every tuple of numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -382,14 +383,13 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 0.05)
             ahead = torch._foreach_lerp(gradients, momenta, 0.95)  # Nesterov's look ahead
             directions = orthogonal(torch.stack([G.flatten(1) for G in ahead]))
-            side = max(directions[0].shape)
-            size = torch.where(self.found_inf > 0, 0, lr) * 0.2 * math.sqrt(side)
+            size = torch.where(self.found_inf > 0, 0, lr) * 0.2 * max(directions[0].shape) ** 0.5
             for w, direction in zip(batch, directions):
                 w.addcmul_(direction.reshape(w.shape), size, value=-1)
 
 
 def orthogonal(G):
-    """Almost orthogonal matrices near G (B, m, n): singular values become 0.7 .. 1.2."""
+    """G (B, m, n), almost orthogonal: all but tiny singular values become 0.7 .. 1.2."""
     if G.shape[1] > G.shape[2]:
         return orthogonal(G.mT).mT
     G = G / G.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -402,7 +402,7 @@ def orthogonal(G):
 def load_checkpoint(path, device, classifier=False):
     """-> (model with EMA weights, in eval mode; diffusion; the checkpoint's dict). classifier:
     False asks for a UNet (x, t, y), True for a classifier (x, t), None for either; else ValueError.
-    Runs no code in the file, allocates no more than its size."""
+    Runs no code in the file, unpacks no more than its size."""
     if not os.path.isfile(path):
         raise ValueError(f"no {path}: run train.py, or see assets/")
     with data.named_errors(f"{path} is no checkpoint of train.py, or damaged"):
@@ -418,7 +418,7 @@ def load_checkpoint(path, device, classifier=False):
             raise ValueError("it is not about images")
         with torch.device("meta"):  # takes no memory
             network = unet.make_network(args, (C, H, W), checkpoint["classes"])
-        network.load_state_dict(dict(checkpoint["ema"]), assign=True)  # dict: a copy
+        network.load_state_dict(dict(checkpoint["ema"]), assign=True)  # a copy: assign marks it
         if not all(torch.isfinite(w).all() for w in network.parameters()):
             raise ValueError("it has weights that are not finite")
         diffusion = make_diffusion(args)
@@ -433,7 +433,7 @@ def make_diffusion(args):
     T, start, end = args.timesteps, args.beta_start, args.beta_end
     if args.schedule == "cosine":
         betas = ddpm.cosine_beta_schedule(T)
-    else:  # by default the paper's, scaled: x_T is noise for any T > 20
+    else:  # by default the paper's, scaled to T
         betas = ddpm.linear_beta_schedule(
             T, 0.1 / T if start is None else start, 20 / T if end is None else end)
     return ddpm.GaussianDiffusion(betas, args.prediction, args.variance, args.loss)
@@ -464,7 +464,7 @@ def pick_dtype(precision, device):
 
 
 def set_threads(number, device, work):
-    """Use so many CPU threads; None: one or all, the faster at work() (on a busy CPU, one)."""
+    """Set CPU threads; None: one or all, the faster at work() (on a busy CPU, often one)."""
     def seconds(threads):
         torch.set_num_threads(threads)
         work()

@@ -35,7 +35,7 @@ def group_norm(channels):
 
 
 def zero_init(layer):
-    """Zero a block's last layer: at first, the block is its shortcut."""
+    """Zero a last layer: at first, a block is its shortcut."""
     for w in layer.parameters():
         nn.init.zeros_(w)
     return layer
@@ -158,7 +158,7 @@ class Encoder(nn.Module):
 class UNet(nn.Module):
     """epsilon_theta(x_t, t, y). UNet() is what train.py builds with no flag.
 
-    Level l has channels * multipliers[l] channels and 1 / 2^l of the size. `attention` lists map
+    Level l has channels * multipliers[l] channels, size / (patch 2^l). `attention` lists map
     sizes, for images of image_size; the middle always has it. scale_shift: t scales and
     shifts, or is added. checkpointing: compute blocks twice, to save memory.
     """
@@ -168,7 +168,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [channels * m for m in multipliers]
         if min(len(widths), blocks, patch) < 1 or any(w % heads for w in widths):
-            raise ValueError(f"needed: multipliers, blocks, patch, heads that divide {widths}")
+            raise ValueError(f"multipliers, blocks, patch >= 1, and heads dividing {widths}")
         sizes = [math.ceil(image_size / (patch * 2**level)) for level in range(len(widths))]
         if set(attention) - set(sizes):
             warnings.warn(f"attention {attention}: feature maps have sizes {sizes}", stacklevel=2)
@@ -209,7 +209,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t, y=None):
         """x (B, in_channels, H, W) of any size, t (B,) whole, >= 0, y (B,) in 0..num_classes or
-        None -> (B, out_channels, H, W) of x's dtype. ValueError: labels without classes."""
+        None -> (B, out_channels, H, W) of x's dtype. ValueError: y without num_classes."""
         B, C, H, W = x.shape
         if B == 0:
             return x.new_zeros(0, self.out_channels, H, W)
@@ -229,7 +229,7 @@ class UNet(nn.Module):
         h = self.conv_out(F.silu(self.norm_out(h)))
         h = F.pixel_shuffle(h, self.patch)[..., :H, :W].to(x.dtype)
         if not self.paper:  # for eps, not for variance channels
-            h[:, :C] += self.input_gain(emb)[:, :, None, None] * x
+            h[:, :C] += (self.input_gain(emb)[:, :, None, None] * x)[:, :self.out_channels]
         return h
 
 
