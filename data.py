@@ -370,7 +370,7 @@ def atomic(path):
 
 
 def keep_older(path):
-    """Keep a file that will be replaced as FILE.old, FILE.old2, .."""
+    """Keep what will be replaced: as FILE.old, FILE.old2, .."""
     k = 1
     while os.path.exists(kept := f"{path}.old{k if k > 1 else ''}"):
         k += 1

@@ -82,7 +82,7 @@ class GaussianDiffusion(torch.nn.Module):
             raise ValueError(f"alpha_bar_T = {last:.0e} is too small for float32: lower the betas")
         if last > 0.01:
             cure = f"beta_start={0.1 / T:.3g} to beta_end={20 / T:.3g}" if T > 20 else "cosine"
-            warnings.warn(f"alpha_bar_T = {last:.3g}: x_T is not noise, as sampling assumes. "
+            warnings.warn(f"alpha_bar_T = {last:.3g} > 0.01: sampling assumes that x_T is noise. "
                           f"Try {cure}", stacklevel=2)
 
     def set_alpha_bar(self, alpha_bar):

@@ -42,8 +42,8 @@ def parse_args(argv=None):
     flag = parser.section("diffusion")
     flag("--timesteps", 1000, "T (paper: 1000)")
     flag("--schedule", None, "paper: linear (default: cosine)", choices=("cosine", "linear"))
-    flag("--beta-start", None, "makes it linear (paper: 1e-4; default 0.1/T)", type=float)
-    flag("--beta-end", None, "makes it linear (paper: 0.02; default 20/T)", type=float)
+    flag("--beta-start", None, "implies linear (paper: 1e-4; default: 0.1/T)", type=float)
+    flag("--beta-end", None, "implies linear (paper: 0.02; default: 20/T)", type=float)
     flag("--prediction", "eps", "the network's output (paper: eps)", choices=choices["prediction"])
     flag("--variance", "beta", "sigma_t^2 (paper: beta, posterior)", choices=choices["variance"])
     flag("--loss", None, "paper: mse (default: mse; if learned: hybrid)", choices=choices["loss"])
@@ -73,7 +73,7 @@ def parse_args(argv=None):
     flag("--checkpointing", False, "compute blocks twice, to save memory")
     flag("--seed", 0, "of all random draws", type=int)
     flag("--device", None, "cpu, cuda, cuda:1 or mps (default: the best)")
-    flag("--threads", None, "CPU threads (default: one or all, as is faster)", type=count)
+    flag("--threads", None, "CPU threads (default: the faster of one and all)", type=count)
     flag = parser.section("output")
     flag("--out", None, "checkpoint (default: ddpm.pt, or classifier.pt)")
     flag("--save-every", 1000, "steps between checkpoints")
@@ -418,7 +418,7 @@ def load_checkpoint(path, device, classifier=False):
             raise ValueError("it is not about images")
         with torch.device("meta"):  # takes no memory
             network = unet.make_network(args, (C, H, W), checkpoint["classes"])
-        network.load_state_dict(dict(checkpoint["ema"]), assign=True)  # a copy: assign marks it
+        network.load_state_dict(dict(checkpoint["ema"]), assign=True)  # assign alters _metadata
         if not all(torch.isfinite(w).all() for w in network.parameters()):
             raise ValueError("it has weights that are not finite")
         diffusion = make_diffusion(args)

@@ -168,7 +168,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [channels * m for m in multipliers]
         if min(len(widths), blocks, patch) < 1 or any(w % heads for w in widths):
-            raise ValueError(f"multipliers, blocks, patch >= 1, and heads dividing {widths}")
+            raise ValueError(f"needed: multipliers; blocks, patch > 0; heads dividing {widths}")
         sizes = [math.ceil(image_size / (patch * 2**level)) for level in range(len(widths))]
         if set(attention) - set(sizes):
             warnings.warn(f"attention {attention}: feature maps have sizes {sizes}", stacklevel=2)
