@@ -117,7 +117,7 @@ def load_known(name, split, root):
         excerpt = EXCERPT / "train-images-idx3-ubyte.gz"
         if name != "fashion-mnist" or not excerpt.is_file():
             raise
-    progress("using the tenth of Fashion-MNIST in assets/. For all of it put four .gz into "
+    progress("using the tenth of Fashion-MNIST in assets/. For all, put four .gz into "
              f"{Path(root, name)}, or: apt install dataset-fashion-mnist")
     return load_file(excerpt, split)[:2]
 

@@ -194,8 +194,8 @@ class Run:
             self.restore()
         self.n = torch.tensor(float(self.done), device=device)
         self.loss_sum, self.skipped, self.in_a_row = torch.zeros(3, device=device)
-        can_record = gpu and parts == 1 and not args.compile and args.loss in ("mse", "l1", "huber")
-        self.record_at = self.done + 3 if can_record else None
+        plain = args.loss in ("mse", "l1", "huber") and not (args.compile or args.checkpointing)
+        self.record_at = self.done + 3 if gpu and parts == 1 and plain else None
         if args.log and RANK == 0:
             log, rows = Path(args.log), "".join(self.rows)
             past = log.read_text(errors="replace") if log.exists() else ""
@@ -211,7 +211,7 @@ class Run:
 
     def step(self):
         """Lines 2 to 5 of Algorithm 1, for this process's parts of the batch."""
-        if self.done == self.record_at:  # many small kernels take longer to launch than to run
+        if self.done == self.record_at:  # small kernels take longer to launch than to run
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 self.add_gradient(last=True)
