@@ -82,7 +82,7 @@ def load_dataset(name, split="train", root="data"):
 
 
 def load_with_classes(name, split="train", root="data", only=None):
-    """load_dataset's images and labels (`only` of one class), and the names of the K classes."""
+    """load_dataset's images and labels (of the class `only`), and the names of the K classes."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, not {split!r}")
     if name in DATASETS:

@@ -84,7 +84,7 @@ def draw(args, network, classifier, diffusion, shape, labels):
                 left = (time.perf_counter() - began) * (1 / done - 1)
                 progress(f"{done:.0%} of {args.n} images drawn, {left:.0f} s left", passing=True)
         if not torch.isfinite(x_t).all():
-            raise ValueError(f"{args.checkpoint} draws no finite numbers; try --precision fp32")
+            raise ValueError(f"{args.checkpoint} draws NaN or infinity; try --precision fp32")
         pixels[start:start + size] = data.to_pixels(x_t)
     if WORLD > 1:
         torch.distributed.init_process_group("gloo")

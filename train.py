@@ -148,7 +148,7 @@ def train(args):
 
 
 class Run:
-    """A training in progress. Random numbers come from (seed, step, part of the batch): a resumed
+    """A run in progress. Random numbers come from (seed, step, part of the batch): a resumed
     run does what it would have done, and N processes what --accumulate N does. A step never
     waits for the GPU, except for the decoder (in vlb and hybrid)."""
 
@@ -401,7 +401,7 @@ def orthogonal(G):
 
 def load_checkpoint(path, device, classifier=False):
     """-> (model with EMA weights, in eval mode; diffusion; the checkpoint's dict). classifier:
-    False asks for a UNet (x, t, y), True for a classifier (x, t), None for either; else ValueError.
+    False wants a UNet (x, t, y), True a classifier (x, t), or ValueError; None takes either.
     Runs no code in the file, unpacks no more than its size."""
     if not os.path.isfile(path):
         raise ValueError(f"no {path}: run train.py, or see assets/")

@@ -158,7 +158,7 @@ class Encoder(nn.Module):
 class UNet(nn.Module):
     """epsilon_theta(x_t, t, y). UNet() is what train.py builds with no flag.
 
-    Level l has channels * multipliers[l] channels, size / (patch 2^l). `attention` lists map
+    Level l: channels * multipliers[l] channels, size H / (patch 2^l). `attention` lists map
     sizes, for images of image_size; the middle always has it. scale_shift: t scales and
     shifts, or is added. checkpointing: compute blocks twice, to save memory.
     """
@@ -228,7 +228,7 @@ class UNet(nn.Module):
         assert not hs
         h = self.conv_out(F.silu(self.norm_out(h)))
         h = F.pixel_shuffle(h, self.patch)[..., :H, :W].to(x.dtype)
-        if not self.paper:  # for eps, not for variance channels
+        if not self.paper:  # not for variance channels
             h[:, :C] += (self.input_gain(emb)[:, :, None, None] * x)[:, :self.out_channels]
         return h
 
