@@ -50,7 +50,7 @@ def parse_args(argv=None):
     flag = parser.section("with test images, instead of samples")
     flag("--evaluate", False, "L_simple and bits/dim")
     flag("--forward", None, "picture of them becoming noise, by Eq. 4 and Eq. 2")
-    flag("--reconstruct", None, "picture of them, x_T by DDIM, and back (100 steps)")
+    flag("--reconstruct", None, "picture of them, to x_T and back by DDIM (100 steps)")
     flag("--interpolate", None, "picture of two, mixed at t = T/4, T/2, 3T/4, T (Figures 8, 9)")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**63 or not math.isfinite(args.guidance):

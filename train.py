@@ -149,7 +149,7 @@ def train(args):
 
 class Run:
     """A run in progress. Random numbers come from (seed, step, part of the batch): a resumed
-    run does what it would have done, and N processes what --accumulate N does. A step never
+    run does what it would have done, and N processes match --accumulate N. A step never
     waits for the GPU, except for the decoder (in vlb and hybrid)."""
 
     def __init__(self, args):
@@ -418,7 +418,7 @@ def load_checkpoint(path, device, classifier=False):
             raise ValueError("it is not about images")
         with torch.device("meta"):  # takes no memory
             network = unet.make_network(args, (C, H, W), checkpoint["classes"])
-        network.load_state_dict(dict(checkpoint["ema"]), assign=True)  # assign alters _metadata
+        network.load_state_dict(dict(checkpoint["ema"]), assign=True)  # assign would alter it
         if not all(torch.isfinite(w).all() for w in network.parameters()):
             raise ValueError("it has weights that are not finite")
         diffusion = make_diffusion(args)

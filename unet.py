@@ -1,4 +1,4 @@
-"""epsilon_theta(x_t, t, y): the U-Net of the paper's Appendix B, small enough for two CPU cores.
+"""epsilon_theta(x_t, t, y): the U-Net of Appendix B, by default small enough for two CPU cores.
 
     UNet(in_channels=3, image_size=32, patch=1, channels=128, multipliers=(1, 2, 2, 2), blocks=2,
          attention=(16,), dropout=0.1)
@@ -228,7 +228,7 @@ class UNet(nn.Module):
         assert not hs
         h = self.conv_out(F.silu(self.norm_out(h)))
         h = F.pixel_shuffle(h, self.patch)[..., :H, :W].to(x.dtype)
-        if not self.paper:  # not for variance channels
+        if not self.paper:  # prediction channels only
             h[:, :C] += (self.input_gain(emb)[:, :, None, None] * x)[:, :self.out_channels]
         return h
 
