@@ -148,14 +148,11 @@ def recorded(model, x_T):
 
 def choose_labels(args, network, checkpoint):
     """The label of each image, (n,), or None."""
-    classes, guided = checkpoint["classes"], args.guidance != 1
+    classes = checkpoint["classes"]
     if not args.classifier and not network.num_classes:
-        if args.label is None and not guided:
+        if args.label is None and args.guidance == 1:
             return None
         raise ValueError(f"{args.checkpoint} knows no labels: see train.py --conditional")
-    hidden = checkpoint["settings"]["label_dropout"] > 0
-    if network.num_classes and (guided or args.classifier) and not hidden:
-        raise ValueError(f"no guidance: {args.checkpoint} was trained with --label-dropout 0")
     if args.label is not None:
         return torch.full((args.n,), data.find_label(args.label, classes))
     args.columns = args.columns or len(classes)
@@ -228,8 +225,6 @@ def other_pictures(args, network, diffusion, checkpoint):
         again = diffusion.ddim_sample(model, x_0.shape, steps, 0, x_T, not args.no_clip)
         save_rows(args, args.reconstruct, torch.stack([x_0, x_T, again], 1))
     if args.interpolate:
-        if network.num_classes and checkpoint["settings"]["label_dropout"] == 0:
-            raise ValueError("--interpolate needs training with --label-dropout above 0")
         (a, b), weights, rows = x_0[:2], torch.linspace(0, 1, 9), []
         for t in (T // 4, T // 2, 3 * T // 4, T):
             mixed = diffusion.interpolate(network, a, b, weights, max(t, 1), not args.no_clip)
@@ -340,6 +335,10 @@ def main(argv=None):
     args.zoom = args.zoom or max(1, round(64 / max(shape[1:])))
     args.dataset = args.dataset or checkpoint["source"]["dataset"]
     check_files(args, checkpoint)
+    no_null = network.num_classes and checkpoint["settings"]["label_dropout"] == 0
+    if no_null and (args.guidance != 1 or args.classifier or args.interpolate):
+        raise ValueError(f"{args.checkpoint} was trained with --label-dropout 0: no guidance, "
+                         "no --interpolate")
     x = torch.zeros(min(args.n or BLOCK, BLOCK), *shape)
     train.set_threads(args.threads, args.device, lambda: network(x, torch.ones(len(x))))
     torch.manual_seed(args.seed)

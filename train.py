@@ -358,7 +358,7 @@ def make_optimizers(network, lr, muon):
     """Adam; if `muon`, Muon for convolutions between feature maps. lr: a 0-dim tensor."""
     by_muon, by_adam = [], []
     for name, w in network.named_parameters():
-        inner = w.ndim == 4 and w.shape[1] > 1 and "conv_in" not in name and "conv_out" not in name
+        inner = w.ndim == 4 and w.shape[1] > 1 and "conv_" not in name  # in, out
         (by_muon if muon and inner else by_adam).append(w)
     # beta_2 = 0.99: Adam's 0.999 averages over 1000 steps, which is slow here.
     adam = torch.optim.Adam(by_adam, lr, (0.9, 0.99), fused=True, capturable=lr.is_cuda)
