@@ -327,7 +327,7 @@ def run_script(main):
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error)
-        if isinstance(error, MemoryError) or "allocate" in reason or "overflowed" in reason:
+        if isinstance(error, MemoryError) or "allocate" in reason:
             reason = "out of memory: try a smaller --batch-size or network"
         elif type(error).__module__.startswith("torch._"):
             reason = f"--compile does not work here: {reason.splitlines()[0]}"
