@@ -93,7 +93,7 @@ def load_with_classes(name, split="train", root="data", only=None):
         images, labels, known = load_file(Path(name).expanduser(), split)
         classes = tuple(map(str, known))
     images = as_images(images, f"{name} ({split})")
-    good = labels.shape == (len(images),) and labels.dtype.kind in "iubUS"
+    good = labels.shape == (len(images),) and labels.dtype.kind in "iubU"
     if not good or not np.isin(labels, known).all():
         raise ValueError(f"{name} ({split}) has {labels.dtype} labels of shape {labels.shape}, not "
                          f"{len(images)} whole numbers or strings in {known[:99].tolist()}")
@@ -158,7 +158,7 @@ def as_images(array, where):
     first, last = (ndim == 4 and shape[axis] in (1, 3) for axis in (1, 3))
     for wrong, instead in (
             (array.dtype != np.uint8,
-             "uint8 of 0..255, as (255 * x).round().astype(np.uint8)"),
+             "x.astype(np.uint8), where x, or (255 * x).round(), is in 0..255"),
             (ndim == 2, "x.reshape(-1, H, W)"),
             (ndim == 3 and (shape[0] == 3 or shape[2] <= 4),
              "x[None] of one colour picture, x[..., None] of grey ones"),
@@ -213,7 +213,7 @@ def read_idx(path, sha256=None):
         size = math.prod(shape) * dtype.itemsize
         possible = min(2**31, 1100 * os.path.getsize(path))  # gzip shrinks by 1032 at best
         if size > possible or len(values := file.read(size + 1)) != size:
-            raise ValueError(f"not the {size:,} bytes that its header announces")
+            raise ValueError(f"not the {size:,} bytes of its header")
         if sha256 and hashlib.sha256(head + sizes + values).hexdigest() != sha256:
             raise ValueError("wrong checksum (SHA-256)")
         return np.frombuffer(values, dtype).reshape(shape).astype(dtype.newbyteorder("="))
@@ -237,7 +237,7 @@ def read_npy(path):
     with named_errors(path), open(path, "rb") as file:
         if b"'|O'" in file.read(128):
             raise ValueError("holds objects: images of different sizes? labels not .astype(str)?")
-        return np.asarray(np.lib.format.open_memmap(path, mode="c"))
+        return np.array(np.lib.format.open_memmap(path, mode="c"))
 
 
 def find_file(name, filename, root, read):
@@ -327,7 +327,7 @@ def run_script(main):
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         reason = str(error)
-        if isinstance(error, MemoryError) or "allocate" in reason:
+        if isinstance(error, MemoryError) or "allocate " in reason:
             reason = "out of memory: try a smaller --batch-size or network"
         elif type(error).__module__.startswith("torch._"):
             reason = f"--compile does not work here: {reason.splitlines()[0]}"

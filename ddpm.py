@@ -27,8 +27,7 @@ CHOICES = {"prediction": ("eps", "x0", "mean", "v"),
 def linear_beta_schedule(timesteps=1000, beta_start=1e-4, beta_end=0.02):
     """beta_1 .. beta_T on a straight line, float64 (T,); by default Section 4's."""
     if timesteps not in range(1, 10**6) or not (0 < beta_start < 1 and 0 < beta_end < 1):
-        raise ValueError("timesteps must be whole, in 1..999999, betas between 0 and 1, not "
-                         f"{timesteps}, {beta_start}, {beta_end}")
+        raise ValueError("timesteps must be whole, in 1..999999, betas between 0 and 1")
     return torch.linspace(beta_start, beta_end, int(timesteps), dtype=torch.float64)
 
 

@@ -51,7 +51,7 @@ def parse_args(argv=None):
     flag("--evaluate", False, "L_simple and bits/dim")
     flag("--forward", None, "picture of them becoming noise, by Eq. 4 and Eq. 2")
     flag("--reconstruct", None, "picture of them, to x_T and back by DDIM (100 steps)")
-    flag("--interpolate", None, "picture of two, mixed at t = T/4, T/2, 3T/4, T (Figures 8, 9)")
+    flag("--interpolate", None, "picture of two, mixed at four t (Figures 8, 9)")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2**63 or not math.isfinite(args.guidance):
         raise ValueError("--seed is 0 or more, --guidance finite")
@@ -77,7 +77,7 @@ def draw(args, network, classifier, diffusion, shape, labels):
         if args.device.type == "cuda" and not classifier:
             model = recorded(model, x_T)
         for k, (_, x_t, x_0) in enumerate(chain(args, diffusion, model, x_T, noise)):
-            if start < 64 and k in np.linspace(0, args.steps, 41).round():
+            if start < (64 if WORLD == 1 else 1) and k in np.linspace(0, args.steps, 41).round():
                 shown = data.to_pixels(torch.stack([x_t, x_0], 1)[:64 - start]).cpu()
                 frames.setdefault(k, []).append(shown)
             if done := (start + size * k / args.steps) / args.n:
@@ -167,7 +167,7 @@ def write(args, pixels, labels, frames):
             continue
         beside = data.companions(path)[0]
         for name, array in ((path, pixels), (beside, labels)):
-            if array is None:  # an older file's labels
+            if array is None:  # older labels
                 beside.unlink(missing_ok=True)
             else:
                 with data.atomic(name) as file:
@@ -255,7 +255,7 @@ def frechet_distance(f, g):
 def score(args, classifier, pixels, labels, known, test):
     """--score: how far samples, and as many training images, are from test images."""
     def features(images):
-        parts = [data.to_model(part.to(args.device)) for part in images.split(500)]
+        parts = [data.to_model(part.to(args.device)) for part in images.split(args.batch_size)]
         return torch.cat([classifier.features(x, x.new_zeros(len(x))) for x in parts])
 
     f, g, real = map(features, (pixels, test, known[torch.randperm(len(known))[:len(pixels)]]))
@@ -269,12 +269,13 @@ def score(args, classifier, pixels, labels, known, test):
 def evaluate(args, network, diffusion, checkpoint, images, labels):
     """--evaluate: L_simple and the bound (Section 4.3), with 95% confidence."""
     N, T, parts = len(images), diffusion.timesteps, []
-    for x_0, y in zip(images.to(args.device).split(500), labels.to(args.device).split(500)):
+    batches = (x.to(args.device).split(args.batch_size) for x in (images, labels))
+    for x_0, y in zip(*batches):
         x_0, y = data.to_model(x_0), y if network.num_classes else None
         sums = torch.zeros(4, len(x_0), device=args.device)
         sums[1:3] = diffusion.prior_bits(x_0)
         for t, weight in chosen_times(T, len(x_0), N < 100, args.device):
-            progress(f"{500 * len(parts)} of {N} images, now t = {t[0]}", passing=True)
+            progress(f"{args.batch_size * len(parts)} of {N} images, now t = {t[0]}", passing=True)
             noise = torch.randn_like(x_0)
             x_t = diffusion.q_sample(x_0, t, noise)
             output = network(x_t, t, y)

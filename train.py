@@ -36,7 +36,7 @@ def parse_args(argv=None):
     choices, count, counts = ddpm.CHOICES, data.positive_integer, data.positive_integers
     flag = parser.section("data")
     flag("--dataset", "fashion-mnist", "also mnist, cifar10, FILE.npy or an IDX file")
-    flag("--data-dir", "data", "where data are, or are downloaded to")
+    flag("--data-dir", "data", "where data are, or are put")
     flag("--only", None, "one class, by name or index")
     flag("--flip", None, "mirror half the images (cifar10: on)", action=BooleanOptionalAction)
     flag = parser.section("diffusion")
@@ -93,10 +93,9 @@ def parse_args(argv=None):
             if getattr(args, k) != old[k]:
                 raise ValueError(f"--resume keeps {k} {old[k]}, not {getattr(args, k)}; see --init")
 
-    known, learned = args.dataset in data.DATASETS, args.variance.startswith("learned")
-    has_beta = (args.beta_start, args.beta_end) != (None, None)
-    args.dataset = args.dataset if known else os.path.abspath(args.dataset)
-    args.schedule = args.schedule or ("linear" if has_beta else "cosine")
+    learned, betas = args.variance.startswith("learned"), {args.beta_start, args.beta_end} != {None}
+    args.dataset = args.dataset if args.dataset in data.DATASETS else os.path.abspath(args.dataset)
+    args.schedule = args.schedule or ("linear" if betas else "cosine")
     args.loss = args.loss or ("hybrid" if learned else "mse")
     args.flip = args.dataset == "cifar10" if args.flip is None else args.flip
     args.lr = (0.01 if args.optimizer == "muon" else 0.005) if args.lr is None else args.lr
@@ -105,7 +104,7 @@ def parse_args(argv=None):
              "--dropout, --ema and --label-dropout are 0 or more, below 1"),
             (0 < args.lr < math.inf and 0 <= args.warmup < 2**63 and 0 <= args.seed < 2**63,
              "--lr is above 0, --warmup and --seed are 0 or more"),
-            (args.schedule == "linear" or not has_beta, "--beta-.. need --schedule linear"),
+            (args.schedule == "linear" or not betas, "--beta-.. need --schedule linear"),
             (args.loss in ("vlb", "hybrid") or not learned,
              f"--loss {args.loss} does not train --variance {args.variance}: use hybrid"),
             (bool(args.only) + args.conditional + args.classifier < 2,
@@ -166,7 +165,7 @@ class Run:
         images, labels, self.classes = data.load_with_classes(
             args.dataset, "train", args.data_dir, args.only)
         if (args.conditional or args.classifier) and len(self.classes) < 2:
-            raise ValueError(f"{args.dataset} has no labels of two classes or more")
+            raise ValueError(f"{args.dataset} has fewer than two classes")
         self.images, self.labels = images.to(device), labels.to(device)
         self.part_size, self.shape = args.batch_size // parts, tuple(images.shape[1:])
         self.source = {"dataset": args.dataset, "images": len(images),
@@ -306,7 +305,7 @@ class Run:
                 file.write(self.rows[-1])
 
     def save(self):
-        """Write --out and --preview. Another run's file is kept as .old."""
+        """Write --out and --preview. Keep another run's file as .old."""
         args, path = self.args, self.args.out
         if RANK > 0:
             return
@@ -325,9 +324,10 @@ class Run:
             torch.save(checkpoint, file)
         self.own_file = os.stat(path).st_mtime_ns
         if args.preview:
-            noise = torch.Generator().manual_seed(0)
-            shape, steps = (16, *self.shape), min(20, args.timesteps)
-            x_0 = self.diffusion.ddim_sample(self.average, shape, steps, generator=noise)
+            y = torch.arange(16, device=self.device) % len(self.classes)
+            model = lambda x_t, t: self.average(x_t, t, y if args.conditional else None)
+            steps, noise = min(20, args.timesteps), torch.Generator().manual_seed(0)
+            x_0 = self.diffusion.ddim_sample(model, (16, *self.shape), steps, generator=noise)
             data.save_image(args.preview, x_0, zoom=2)
 
     def restore(self):
@@ -335,7 +335,9 @@ class Run:
         path, (_, _, checkpoint) = self.args.out, load_checkpoint(self.args.out, "cpu", None)
         with data.named_errors(f"{path} cannot be resumed"):
             if checkpoint["source"]["fingerprint"] != self.source["fingerprint"]:
-                raise ValueError("it was trained on other data: see --dataset, --init")
+                raise ValueError("it was trained on other data: see --dataset, --data-dir")
+            if checkpoint["step"] > self.args.steps:
+                raise ValueError(f"it has {checkpoint['step']} steps already")
             if "training" not in checkpoint:
                 raise ValueError("it was saved with --slim: see --init")
             training = checkpoint["training"]
@@ -423,8 +425,7 @@ def load_checkpoint(path, device, classifier=False):
             raise ValueError("it has weights that are not finite")
         diffusion = make_diffusion(args)
     if classifier not in (None, args.classifier):
-        kind = "a" if args.classifier else "no"
-        raise ValueError(f"{path} is {kind} classifier: see train.py --classifier")
+        raise ValueError(f"{path} is {'a' if args.classifier else 'no'} classifier: see train.py")
     return unet.to_device(network, device).eval(), diffusion.to(device), checkpoint
 
 
@@ -467,8 +468,7 @@ def set_threads(number, device, work):
     """Set CPU threads; None: one or all, the faster at work() (on a busy CPU, often one)."""
     def seconds(threads):
         torch.set_num_threads(threads)
-        work()
-        return timeit.timeit(work, number=4)
+        return timeit.timeit(work, setup=work, number=4)
 
     if number is None and device.type == "cpu" and WORLD == 1:
         number = min({torch.get_num_threads(), 1}, key=seconds)

@@ -160,7 +160,7 @@ class UNet(nn.Module):
 
     Level l: channels * multipliers[l] channels, size H / (patch 2^l). `attention` lists map
     sizes, for images of image_size; the middle always has it. scale_shift: t scales and
-    shifts, or is added. checkpointing: blocks are computed twice.
+    shifts, or is added.
     """
     def __init__(self, in_channels=1, out_channels=None, image_size=28, patch=2, channels=32,
                  multipliers=(1, 2), blocks=1, attention=(), heads=1, dropout=0.0, convnext=False,
