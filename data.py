@@ -158,7 +158,7 @@ def as_images(array, where):
     first, last = (ndim == 4 and shape[axis] in (1, 3) for axis in (1, 3))
     for wrong, instead in (
             (array.dtype != np.uint8,
-             "x.astype(np.uint8) if x is in 0..255, of (255 * x).round() if in 0..1"),
+             "x.astype(np.uint8) if in 0..255, (255 * x).round() first if in 0..1"),
             (ndim == 2, "x.reshape(-1, H, W)"),
             (ndim == 3 and (shape[0] == 3 or shape[2] <= 4),
              "x[None] of one colour picture, x[..., None] of grey ones"),
