@@ -842,13 +842,15 @@ class ReadingFiles(InTemporaryFolder):
 
     def test_cifar10s_binary_archive_is_read_in_memory_with_nothing_extracted(self):
         path = self.path("c.tar.gz", gzip.compress(self.cifar()))
+        file, load = ("c.tar", hashlib.md5(path.read_bytes()).hexdigest()), data.load_dataset
+        known = data.DATASETS["cifar10"]._replace(mirrors=(), files={"train": (file,), "test": (file,)})
+        self.patched(mock.patch.dict(data.DATASETS, cifar10=known), mock.patch("sys.stdout", io.StringIO()))
         for split, expected in (("train", [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]), ("test", [5, 6])):
-            images, labels = data.read_cifar10(path, split)
-            self.assertEqual((images.shape, images.dtype), ((len(expected), 3, 32, 32), np.uint8))
-            self.assertEqual(labels.tolist(), expected)
-            self.assertEqual(images[1].max((1, 2)).tolist(), [labels[0], 1, 7])
-        self.assertEqual(os.listdir(self.folder), ["c.tar.gz"])
-        self.assertRaisesRegex(ValueError, "c.tar.gz.*MD5", data.read_cifar10, path, "test", "0" * 32)
+            images, labels = load("cifar10", split, self.folder)
+            self.assertEqual((images.shape, labels.tolist()), ((len(expected), 3, 32, 32), expected))
+            self.assertEqual(images[1].amax((1, 2)).tolist(), [labels[0], 1, 7])
+        self.assertEqual(os.listdir(self.folder), [self.path("c.tar.gz", self.cifar()).name])   # of another MD5
+        self.assertRaisesRegex(ValueError, "no good c.tar", load, "cifar10", "train", self.folder)
 
 
 class DataSets(InTemporaryFolder):
@@ -1478,11 +1480,10 @@ class Sampling(Commands):
         self.trained("--conditional", "--label-dropout", "0", "--out", "labelled.pt")
         self.trained()
         for checkpoint, flags, said in (
-                ("ddpm.pt", "--label 2", "labels"), ("ddpm.pt", "--guidance 2", "labels"),
+                ("ddpm.pt", "--label 2", "labels"), ("ddpm.pt", "--guidance 2", "labels"), ("linear.pt", "", "classifier"),
                 ("labelled.pt", "--guidance 0", "--label-dropout"), ("labelled.pt", "--label 7", "label '7'"),
-                ("ddpm.pt", "--classifier ddpm.pt", "ddpm.pt.*classif"), ("linear.pt", "", "classifier"),
                 ("labelled.pt", "--classifier linear.pt", "--label-dropout"), ("ddpm.pt", "--score other.pt", "other data"),
-                ("ddpm.pt", "--classifier linear.pt", "another schedule"),
+                ("ddpm.pt", "--classifier ddpm.pt", "no classif"), ("ddpm.pt", "--classifier linear.pt", "another schedule"),
                 ("ddpm.pt", "--classifier other.pt", "other.pt was trained on other data")):
             with self.subTest(flags):
                 self.refused(sample, said, "--checkpoint", checkpoint, *CPU, *flags.split())
@@ -1582,11 +1583,10 @@ class WhatMustBeRefused(Commands):
         both = [*map(without, ("format", "ema", "source")), {**good, "format": 7}, {**good, "ema": {}}, [1, 2],
                 {**good, "settings": None}, {**good, "settings": {}}, {**good, "source": "x"},
                 change("settings", dropout="x"), change("settings", timesteps=10**12), change("ema", **{name: w[:1]})]
-        for script, flags, cases in (
-                (sample, draw, [*both, change("settings", channels=10**9), {**good, "shape": (1, 8, "8")},
-                                change("settings", multipliers=(1,)), change("ema", **{name: w * math.nan})]),
-                (train, go_on, [*both, without("step"), change("training", scaler=3),
-                                change("training", optimizers=[]), change("training", model={})])):
+        drawn = [change("settings", channels=10**9), change("settings", multipliers=(1,)), change("ema", **{name: w * math.nan})]
+        trained = [without("step"), *(change("training", **{k: v}) for k, v in (("scaler", 3), ("optimizers", []), ("model", {})))]
+        for script, flags, cases in ((sample, draw, [*both, *drawn, {**good, "shape": (1, 8, "8")}]),
+                                     (train, go_on, [*both, *trained])):
             for k, checkpoint in enumerate(cases):
                 torch.save(checkpoint, self.pt)
                 with self.subTest(f"{script.__name__}, case {k}"):
