@@ -233,7 +233,7 @@ def read_cifar10(path, split="train", md5=None):
 
 
 def read_npy(path):
-    """An .npy array, mapped, so that a header cannot ask for more than there is."""
+    """An .npy array, copied from a map: no header can ask for more than there is."""
     with named_errors(path), open(path, "rb") as file:
         if b"'|O'" in file.read(128):
             raise ValueError("holds objects: images of different sizes? labels not .astype(str)?")
